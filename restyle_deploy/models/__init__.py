@@ -1,0 +1,1 @@
+"""The official architecture in torch; state-dict names as upstream."""

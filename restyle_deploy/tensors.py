@@ -1,0 +1,50 @@
+"""Shapes and dtypes of what crosses a graph's border."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.errors import ShapeError
+
+BATCH = "N"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, dtype and shape of a graph's input or output.
+
+    Attributes:
+        name: as in the graph.
+        dtype: NumPy's name of the element type.
+        shape: sizes; a string (`"N"`) stands for a free one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def concrete_shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape with every free size set to `batch`."""
+        return tuple(batch if isinstance(size, str) else size for size in self.shape)
+
+    def check(self, array: NDArray[Any], batch: int) -> None:
+        """Raise `ShapeError` unless `array` has this dtype, this shape at `batch`, and is C-contiguous."""
+        expected = self.concrete_shape(batch)
+        if array.shape != expected or array.dtype.name != self.dtype or not array.flags.c_contiguous:
+            layout = "contiguous" if array.flags.c_contiguous else "strided"
+            raise ShapeError(
+                f"{self.name}: got {layout} {array.dtype.name} {list(array.shape)}, "
+                f"expected contiguous {self.dtype} {list(expected)}"
+            )
+
+    def allocate(self, batch: int) -> NDArray[Any]:
+        """Return a zeroed array of this dtype and shape, owned by the caller."""
+        return np.zeros(self.concrete_shape(batch), self.dtype)
+
+
+def specs_by_name(specs: tuple[TensorSpec, ...]) -> Mapping[str, TensorSpec]:
+    """Return the specs keyed by their names."""
+    return {spec.name: spec for spec in specs}
