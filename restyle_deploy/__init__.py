@@ -1,0 +1,7 @@
+"""ReStyle GAN inversion, exported and deployed."""
+
+from restyle_deploy.errors import RestyleDeployError
+from restyle_deploy.runtime.session import InversionResult, Session
+
+__all__ = ["InversionResult", "RestyleDeployError", "Session"]
+__version__ = "0.1.0"

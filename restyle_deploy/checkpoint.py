@@ -1,6 +1,5 @@
 """Official `.pt` files -> `Checkpoint`. Nothing in a file is executed, nothing in it is passed over silently."""
 
-import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restyle_deploy.errors import CheckpointError
+from restyle_deploy.files import sha256_of_file
 from restyle_deploy.model_config import ModelConfig, official_generator_channels
 from restyle_deploy.variants import VARIANTS, variant_from_dataset_type
 
@@ -121,12 +121,6 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         raise CheckpointError(
             f"{path}: the weights do not fit the architecture that the options announce; {'; '.join(problems)}"
         )
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -35,3 +35,7 @@ class VerificationError(RestyleDeployError):
 
 class ImageError(RestyleDeployError):
     """An image file cannot be read, or must not be (too large)."""
+
+
+class ReportError(RestyleDeployError):
+    """A benchmark's report is missing, incomplete or of an unknown format, or cannot be written."""

@@ -43,13 +43,13 @@ def graph_specs(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], 
     latent = (config.n_styles, config.style_dim)
     target, current = (spec(name, 3, *config.input_shape) for name in ("target", "current"))
     return {
-        "encoder": ((target, current, spec("latent_in", *latent)), (spec("latent", *latent),)),
+        "encoder": ((target, current, spec("latent", *latent)), (spec("latent_out", *latent),)),
         "generator": ((spec("latent", *latent),), (spec("image", 3, *config.image_shape), current)),
     }
 
 
 def encoder_graph(model: RestyleModel) -> Graph:
-    """Export target, current, latent_in -> latent; the residual is added inside."""
+    """Export target, current, latent -> latent_out; the residual is added inside."""
     return _export(model, "encoder", model.encode)
 
 
@@ -90,9 +90,7 @@ def _export(model: RestyleModel, name: str, method: Callable[..., Tensor | tuple
         )
         if program is None:
             raise ExportError(f"{name}: the exporter returned nothing")
-        onnxscript.optimizer.optimize(
-            program.model, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT
-        )
+        onnxscript.optimizer.optimize(program.model, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
     return Graph(model=_with_functions(program.model_proto), inputs=inputs, outputs=outputs)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from restyle_deploy.checkpoint import Checkpoint, check_state_dict
+from restyle_deploy.errors import CheckpointError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.models.encoders import ENCODERS
 from restyle_deploy.models.generator import Generator
@@ -82,3 +84,27 @@ class RestyleModel(nn.Module):
             results.append(self.run_step(target, current, latent))
             current, latent = results[-1].current, results[-1].latent
         return results
+
+
+def model_from_checkpoint(checkpoint: Checkpoint) -> RestyleModel:
+    """Build the model that a checkpoint announces and give it the checkpoint's weights, in evaluation mode.
+
+    The weights are shared with the checkpoint, not copied.
+
+    Raises:
+        CheckpointError: an unknown encoder type, impossible widths, or any missing, unexpected or misshapen key.
+    """
+    config = checkpoint.config
+    if config.encoder_type not in ENCODERS:
+        raise CheckpointError(
+            f"{checkpoint.path}: encoder_type is {config.encoder_type!r}, expected one of {', '.join(ENCODERS)}"
+        )
+    try:
+        with torch.device("meta"):
+            model = RestyleModel(config)
+    except (ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{checkpoint.path}: impossible model options: {error}") from error
+    check_state_dict(checkpoint.state_dict, model.state_dict(), checkpoint.path)
+    model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
+    model.latent_avg = checkpoint.latent_avg
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,92 @@
+"""The machine and the software that a measurement ran on."""
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "restyle-deploy",
+    "numpy",
+    "pillow",
+    "scikit-image",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What figures may depend on; `None` for what cannot be found out here.
+
+    Attributes:
+        python: version of the interpreter.
+        platform: operating system, its version and the architecture.
+        cpu: the processor's model name.
+        logical_cores: of the machine.
+        usable_cores: those this process may run on.
+        load_average: mean number of running processes over the last 1, 5 and 15 minutes.
+        packages: versions of the installed packages among `PACKAGES`.
+        commit: of the project, when it runs from a git checkout; "-dirty" is added when tracked files are modified.
+    """
+
+    python: str
+    platform: str
+    cpu: str
+    logical_cores: int
+    usable_cores: int
+    load_average: tuple[float, ...] | None
+    packages: dict[str, str]
+    commit: str | None
+
+
+def describe_environment() -> Environment:
+    """Look at this machine, now: call it before the measurement, which raises the load itself."""
+    logical_cores = os.cpu_count() or 1
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=_read_cpu_model(Path("/proc/cpuinfo")),
+        logical_cores=logical_cores,
+        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical_cores,
+        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        packages=_installed_versions(),
+        commit=_read_commit(Path(__file__).parents[2]),
+    )
+
+
+def _read_cpu_model(cpuinfo: Path) -> str:
+    """Return the model name, from Linux's list where there is one."""
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read_commit(root: Path) -> str | None:
+    """Return the commit of the checkout at `root`; an installed package lies in no checkout of its own."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,1 @@
+"""The command line: one command per file; a command parses, calls one library function, prints."""

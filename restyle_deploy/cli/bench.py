@@ -1,0 +1,86 @@
+"""The command `restyle-deploy bench`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from restyle_deploy.cli.options import bundle_argument, images_argument, json_option, session_options
+
+DEFAULT_STEPS = "1,2,3,5,10"
+
+
+def _parse_steps(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers such as {DEFAULT_STEPS}") from None
+    if min(steps) < 1 or len(set(steps)) < len(steps):
+        raise click.BadParameter(f"{value!r}: each step count is at least 1 and given once")
+    return steps
+
+
+@click.command()
+@bundle_argument
+@images_argument
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of report and charts.")
+@click.option("--steps", default=DEFAULT_STEPS, show_default=True, callback=_parse_steps, help="Step counts.")
+@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls before measuring.")
+@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Measured calls.")
+@click.option("--strips", type=click.IntRange(min=0), default=8, show_default=True, help="Draw so many image strips.")
+@session_options
+@json_option
+@click.pass_context
+def bench(
+    context: click.Context,
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    steps: tuple[int, ...],
+    warmup: int,
+    repeats: int,
+    strips: int,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Chart quality against latency of BUNDLE on IMAGES (files or folders) for several step counts.
+
+    Writes report.json, the charts drawn from it, and strips of images. Quality (MSE on [-1,1], PSNR, SSIM) is counted
+    at the encoder's input size; latency is one image's. Needs the extra: pip install 'restyle-deploy[bench]'.
+
+    Example: restyle-deploy bench engines/demo-faces examples/photos -o out --steps 1,2,3,5,10
+    """
+    from tqdm import tqdm
+
+    from restyle_deploy.bench.report import format_table
+    from restyle_deploy.bench.run import REPORT_NAME, run_bench
+    from restyle_deploy.errors import ImageError
+    from restyle_deploy.runtime.images import find_images, load_images
+    from restyle_deploy.runtime.session import Session
+
+    inputs = find_images(images)
+    with (
+        Session.open(bundle, backend=backend, device=device, threads=threads) as session,
+        tqdm(unit="step", file=sys.stderr, disable=None) as bar,
+    ):
+        loaded, failures = load_images(inputs, session.config.input_shape)
+        for failure in failures:
+            click.echo(f"Error: {failure}", err=True)
+        if not loaded:
+            raise ImageError("no image could be read; nothing was measured")
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = run_bench(
+            session, loaded, output, steps=steps, warmup=warmup, repeats=repeats, progress=show, strip_count=strips
+        )
+    if as_json:
+        click.echo((output / REPORT_NAME).read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo(format_table(report))
+        click.echo(f"\nreport, charts and strips: {output}")
+    context.exit(1 if failures else 0)

@@ -1,0 +1,85 @@
+"""The command `restyle-deploy invert`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from restyle_deploy.cli.options import bundle_argument, images_argument, json_option, session_options
+
+
+@click.command()
+@bundle_argument
+@images_argument
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Refinement steps.")
+@click.option("--every-step", is_flag=True, help="Also write each step, as step-<k>/<name>.png.")
+@click.option(
+    "--official-layout",
+    is_flag=True,
+    help="Write inference_results/<step>/<name> and latents.npy (pickled) as the official scripts do.",
+)
+@click.option("--resize", is_flag=True, help="Write images of the encoder's input size (official: --resize_outputs).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images of one run.")
+@session_options
+@json_option
+@click.pass_context
+def invert(
+    context: click.Context,
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    steps: int,
+    every_step: bool,
+    official_layout: bool,
+    resize: bool,
+    batch_size: int,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Invert IMAGES (files or folders) with BUNDLE: an image each at the model's full size, and latents.npz.
+
+    A file that cannot be read is named on stderr; the others are done, and the exit status is 1.
+
+    Example: restyle-deploy invert engines/demo-faces examples/photos -o out --steps 5
+    """
+    from tqdm import tqdm
+
+    from restyle_deploy.runtime.folder import FolderOptions, invert_files
+    from restyle_deploy.runtime.images import find_images
+    from restyle_deploy.runtime.session import Session
+
+    options = FolderOptions(
+        steps=steps,
+        every_step=every_step,
+        official_layout=official_layout,
+        resized=resize,
+        batch_size=batch_size,
+    )
+    inputs = find_images(images)
+    with (
+        Session.open(bundle, backend=backend, device=device, threads=threads) as session,
+        tqdm(total=len(inputs), unit="image", file=sys.stderr, disable=None) as bar,
+    ):
+        result = invert_files(
+            session,
+            inputs,
+            output,
+            options,
+            progress=bar.update,
+            report_failure=lambda path, reason: bar.write(f"Error: {reason}", file=sys.stderr),
+        )
+    if as_json:
+        facts = {
+            "output": str(output),
+            "names": list(result.names),
+            "latents": str(result.latents) if result.latents else None,
+            "failures": [{"path": str(path), "reason": reason} for path, reason in result.failures],
+        }
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        click.echo(f"{len(result.names)} of {len(inputs)} images inverted in {steps} steps: {output}")
+    context.exit(1 if result.failures else 0)

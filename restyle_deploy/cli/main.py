@@ -1,0 +1,44 @@
+"""`restyle-deploy`: the group of all commands."""
+
+from typing import Any
+
+import click
+
+from restyle_deploy import __version__
+from restyle_deploy.cli.bench import bench
+from restyle_deploy.cli.doctor import doctor
+from restyle_deploy.cli.export import export
+from restyle_deploy.cli.inspect import inspect
+from restyle_deploy.cli.invert import invert
+from restyle_deploy.cli.verify import verify
+from restyle_deploy.errors import RestyleDeployError
+
+
+class _Group(click.Group):
+    """Print what a user can mend as one line and exit with 1; anything else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RestyleDeployError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__)
+def main() -> None:
+    """Export ReStyle GAN-inversion checkpoints, run them without PyTorch, and measure them.
+
+    \b
+    Example:
+      restyle-deploy export restyle_psp_ffhq_encode.pt -o faces
+      restyle-deploy invert faces photos -o out
+    """
+
+
+for command in (export, invert, bench, verify, inspect, doctor):
+    main.add_command(command)

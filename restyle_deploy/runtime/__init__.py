@@ -1,0 +1,1 @@
+"""Bundle -> fixed-step loop; imports neither torch nor onnx."""

@@ -1,0 +1,170 @@
+"""Invert image files into a folder, batch by batch; a file that fails is reported and the others go on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.errors import ImageError, VerificationError
+from restyle_deploy.files import replace_when_complete
+from restyle_deploy.runtime.images import ImageInput, load_image, resize_image, save_image, uint8_from_images
+from restyle_deploy.runtime.session import InversionResult, Session
+
+LATENTS_NAME = "latents.npz"
+OFFICIAL_LATENTS_NAME = "latents.npy"
+OFFICIAL_FOLDER = "inference_results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """How files are inverted and written.
+
+    Attributes:
+        steps: refinement steps.
+        every_step: also write `step-<k>/<stem>.png` for each step k from 1, and keep each step's latents.
+        official_layout: write as upstream does instead: `inference_results/<k>/<name>` for each step k from 0, and
+            `latents.npy`, a pickled dict of name to a list of each step's [n_styles, style_dim].
+        resized: write images of the encoder's input size, as upstream's `--resize_outputs` does.
+        batch_size: images of one run.
+    """
+
+    steps: int = 5
+    every_step: bool = False
+    official_layout: bool = False
+    resized: bool = False
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderResult:
+    """What was written: image and latent files, names of the inputs done, and (path, reason) of those that failed."""
+
+    names: tuple[str, ...]
+    failures: tuple[tuple[Path, str], ...]
+    latents: Path | None
+
+
+def invert_files(
+    session: Session,
+    inputs: Sequence[ImageInput],
+    output: Path,
+    options: FolderOptions,
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+    report_failure: Callable[[Path, str], None] = lambda path, reason: None,
+) -> FolderResult:
+    """Invert image files and write an image each, and the latents of all.
+
+    `latents.npz` holds `names` [N] (str) and `latents` [N, n_styles, style_dim] float32, or with every_step
+    [N, steps, n_styles, style_dim], in the order of the inputs that succeeded.
+
+    Args:
+        session: an open session.
+        inputs: from `images.find_images`.
+        output: the folder; created when missing.
+        options: see there.
+        progress: called with the number of inputs that a batch has finished.
+        report_failure: called with path and reason as soon as an input fails.
+    Raises:
+        ImageError: an output would overwrite an input.
+        OSError: an output cannot be written.
+    """
+    _check_targets(inputs, output, options)
+    latents: dict[str, NDArray[np.float32]] = {}
+    failures: list[tuple[Path, str]] = []
+
+    def fail(path: Path, reason: str) -> None:
+        failures.append((path, reason))
+        report_failure(path, reason)
+
+    for first in range(0, len(inputs), options.batch_size):
+        batch = inputs[first : first + options.batch_size]
+        loaded = list(_load_targets(batch, session, fail))
+        for image_input, result in _invert_batch(session, loaded, options, fail):
+            _write_images(image_input, result.images, output, session, options)
+            latents[_latent_name(image_input, options)] = result.latents
+        progress(len(batch))
+    path = _write_latents(latents, output, options) if latents else None
+    return FolderResult(names=tuple(latents), failures=tuple(failures), latents=path)
+
+
+def _load_targets(
+    batch: Sequence[ImageInput], session: Session, fail: Callable[[Path, str], None]
+) -> Iterable[tuple[ImageInput, NDArray[np.uint8]]]:
+    for image_input in batch:
+        try:
+            yield image_input, resize_image(load_image(image_input.path), session.config.input_shape)
+        except ImageError as error:
+            fail(image_input.path, str(error))
+
+
+def _invert_batch(
+    session: Session,
+    loaded: Sequence[tuple[ImageInput, NDArray[np.uint8]]],
+    options: FolderOptions,
+    fail: Callable[[Path, str], None],
+) -> list[tuple[ImageInput, InversionResult]]:
+    """Return every-step results per input; when a batch is not finite, find out which of its images is not."""
+    if not loaded:
+        return []
+    try:
+        result = session.invert(
+            np.stack([image for _, image in loaded]), steps=options.steps, every_step=True, max_batch=len(loaded)
+        )
+    except VerificationError as error:
+        if len(loaded) == 1:
+            fail(loaded[0][0].path, str(error))
+            return []
+        return [pair for item in loaded for pair in _invert_batch(session, [item], options, fail)]
+    return [
+        (image_input, InversionResult(images=result.images[:, index], latents=result.latents[:, index]))
+        for index, (image_input, _) in enumerate(loaded)
+    ]
+
+
+def _image_paths(image_input: ImageInput, output: Path, options: FolderOptions) -> dict[Path, int]:
+    """Return each output path with the index of its step."""
+    if options.official_layout:
+        return {output / OFFICIAL_FOLDER / str(step) / image_input.name: step for step in range(options.steps)}
+    paths = {output / f"{image_input.stem}.png": options.steps - 1}
+    if options.every_step:
+        paths |= {output / f"step-{step + 1}" / f"{image_input.stem}.png": step for step in range(options.steps)}
+    return paths
+
+
+def _check_targets(inputs: Sequence[ImageInput], output: Path, options: FolderOptions) -> None:
+    sources = {image_input.path.resolve() for image_input in inputs}
+    for image_input in inputs:
+        for path in _image_paths(image_input, output, options):
+            if path.resolve() in sources:
+                raise ImageError(f"{path}: the output would overwrite an input; choose another output folder")
+
+
+def _write_images(
+    image_input: ImageInput, images: NDArray[np.float32], output: Path, session: Session, options: FolderOptions
+) -> None:
+    """Write [steps, 3, R, R'] as the layout asks."""
+    size = session.config.input_shape if options.resized else None
+    for path, step in _image_paths(image_input, output, options).items():
+        save_image(path, uint8_from_images(images[step]), size=size)
+
+
+def _latent_name(image_input: ImageInput, options: FolderOptions) -> str:
+    return image_input.name if options.official_layout else image_input.stem
+
+
+def _write_latents(latents: dict[str, NDArray[np.float32]], output: Path, options: FolderOptions) -> Path:
+    if options.official_layout:
+        path = output / OFFICIAL_LATENTS_NAME
+        official: Any = np.array({name: list(steps) for name, steps in latents.items()}, dtype=object)
+        with replace_when_complete(path) as temporary, temporary.open("wb") as file:
+            np.save(file, official, allow_pickle=True)
+        return path
+    path = output / LATENTS_NAME
+    stacked = np.stack([steps if options.every_step else steps[-1] for steps in latents.values()])
+    with replace_when_complete(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=np.array(list(latents)), latents=stacked)
+    return path

@@ -1,0 +1,142 @@
+"""Parity: what the reference model computed, kept in small, against what a session computes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.errors import VerificationError
+from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.runtime.images import resize_image
+from restyle_deploy.runtime.session import Session
+
+STEPS = 3
+# Two images, so that a batch that was frozen at one, or mixed up, is noticed.
+IMAGE_COUNT = 2
+LATENT_TOLERANCE = 1e-4
+IMAGE_TOLERANCE = 1e-3
+POOLED_WIDTH = 64
+CROP_SIZE = 32
+_PATTERN_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """Inputs and what a float32 reference gives for them at every step.
+
+    Attributes:
+        inputs: uint8 [N, H, W, 3], of the encoder's size.
+        latents: [steps, N, S, D] float32.
+        images_pooled: [steps, N, 3, h, w] float32, block means of the full image, at most 64 px wide.
+        images_crop: [steps, N, 3, 32, 32] float32, the centre of the full image (smaller for a smaller image).
+    """
+
+    inputs: NDArray[np.uint8]
+    latents: NDArray[np.float32]
+    images_pooled: NDArray[np.float32]
+    images_crop: NDArray[np.float32]
+
+    @property
+    def steps(self) -> int:
+        """Refinement steps that are kept."""
+        return len(self.latents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The largest absolute differences from an expectation, per step."""
+
+    latent_errors: tuple[float, ...]
+    image_errors: tuple[float, ...]
+
+    @property
+    def is_within_tolerance(self) -> bool:
+        """Whether every step keeps to 1e-4 in the latents and 1e-3 in the images."""
+        latents_fit = all(error <= LATENT_TOLERANCE for error in self.latent_errors)
+        return latents_fit and all(error <= IMAGE_TOLERANCE for error in self.image_errors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values for a manifest or a report."""
+        return {
+            "latent_errors": list(self.latent_errors),
+            "image_errors": list(self.image_errors),
+            "latent_tolerance": LATENT_TOLERANCE,
+            "image_tolerance": IMAGE_TOLERANCE,
+        }
+
+
+def create_inputs(config: ModelConfig, *, count: int = IMAGE_COUNT) -> NDArray[np.uint8]:
+    """Return smooth random images, the same at every call: uint8 [count, H, W, 3] of the encoder's size."""
+    random = np.random.RandomState(0)
+    patterns = random.randint(0, 256, (count, _PATTERN_SIZE, _PATTERN_SIZE, 3)).astype(np.uint8)
+    return np.stack([resize_image(pattern, config.input_shape) for pattern in patterns])
+
+
+def reduce_images(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (block means at most 64 px wide, 32×32 centre) of [..., H, W] images."""
+    height, width = images.shape[-2:]
+    factor = max(1, width // POOLED_WIDTH)
+    blocks = images.reshape(*images.shape[:-2], height // factor, factor, width // factor, factor)
+    top, left = (max(0, (size - CROP_SIZE) // 2) for size in (height, width))
+    crop = images[..., top : top + CROP_SIZE, left : left + CROP_SIZE]
+    return blocks.mean(axis=(-3, -1), dtype=np.float64).astype(np.float32), np.ascontiguousarray(crop)
+
+
+def save_expectation(path: Path, expectation: Expectation) -> None:
+    """Write an expectation as a compressed `.npz`."""
+    np.savez_compressed(
+        path,
+        inputs=expectation.inputs,
+        latents=expectation.latents,
+        images_pooled=expectation.images_pooled,
+        images_crop=expectation.images_crop,
+    )
+
+
+def load_expectation(path: Path) -> Expectation:
+    """Read what `save_expectation` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return Expectation(**{name: arrays[name] for name in arrays.files})
+
+
+def compare_with_expectation(session: Session, expectation: Expectation) -> Parity:
+    """Invert the inputs and return the largest differences at each step."""
+    result = session.invert(expectation.inputs, steps=expectation.steps, every_step=True)
+    pooled, crop = reduce_images(result.images)
+    image_errors = np.maximum(
+        _largest_per_step(pooled, expectation.images_pooled), _largest_per_step(crop, expectation.images_crop)
+    )
+    return Parity(
+        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents).tolist()),
+        image_errors=tuple(image_errors.tolist()),
+    )
+
+
+def check_parity(parity: Parity, name: str) -> None:
+    """Raise `VerificationError` with the errors of each step unless all are within tolerance."""
+    if not parity.is_within_tolerance:
+        latents, images = (
+            ", ".join(f"{error:.2g}" for error in errors) for errors in (parity.latent_errors, parity.image_errors)
+        )
+        raise VerificationError(
+            f"{name}: differs from the reference model; largest error per step: latents {latents} "
+            f"(tolerance {LATENT_TOLERANCE:g}), images {images} (tolerance {IMAGE_TOLERANCE:g})"
+        )
+
+
+def verify_bundle(directory: Path, *, backend: str, device: str, threads: int | None) -> Parity:
+    """Check a bundle's files against their hashes, run its expectation on a backend and return the differences.
+
+    Raises:
+        BundleError, BackendUnavailableError, BuildError: see `Session.open`.
+        VerificationError: the session gave NaN or infinity.
+    """
+    with Session.open(directory, backend=backend, device=device, threads=threads) as session:
+        return compare_with_expectation(session, load_expectation(session.bundle.expectation))
+
+
+def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    difference = np.abs(found.astype(np.float64) - expected)
+    return difference.reshape(len(difference), -1).max(axis=1)

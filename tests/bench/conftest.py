@@ -1,0 +1,89 @@
+"""A report and a session, both made up."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from restyle_deploy.bench.environment import Environment
+from restyle_deploy.bench.measure import Latency
+from restyle_deploy.bench.quality import ImageQuality
+from restyle_deploy.bench.report import BundleFacts, NamedQuality, Report, Row, Settings, step_latency_from
+from restyle_deploy.bundle import Bundle
+from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.runtime.session import InversionResult
+
+
+class FakeSession:
+    """Halves the distance between a grey image and the target at every step; renders at twice the input's size."""
+
+    def __init__(self) -> None:
+        config = ModelConfig(encoder_type="BackboneEncoder", domain="custom", output_size=32, input_size=16)
+        self.bundle = Bundle(
+            path=Path("engines/made-up"),
+            config=config,
+            checkpoint_sha256="ab" * 32,
+            graphs={},
+            latent_avg=np.zeros((config.n_styles, 512), np.float32),
+            average_image=np.zeros((3, 16, 16), np.float32),
+            expectation=Path("expectation.npz"),
+            engines=(),
+            verification={},
+        )
+        self.calls: list[tuple[int, int, bool]] = []
+
+    def invert(self, images: NDArray[Any], *, steps: int, every_step: bool = False) -> InversionResult:
+        self.calls.append((len(images), steps, every_step))
+        large = images.repeat(2, axis=2).repeat(2, axis=3)
+        kept = np.stack([large * (1 - 0.5**step) for step in range(1, steps + 1)]).astype(np.float32)
+        latents = np.zeros((steps, len(images), self.bundle.config.n_styles, 512), np.float32)
+        return InversionResult(images=kept if every_step else kept[-1], latents=latents if every_step else latents[-1])
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "made-up", "device": "cpu", "threads": None, "library_versions": {"made-up": "1.0"}}
+
+
+@pytest.fixture
+def session() -> FakeSession:
+    return FakeSession()
+
+
+@pytest.fixture
+def report() -> Report:
+    """Two images, three step counts; the second image is met exactly after five steps; step 2 is unstable."""
+    rows = []
+    for steps, median_ms, spread in ((1, 10.0, 0.01), (2, 20.0, 0.2), (5, 50.0, 0.01)):
+        samples = tuple(median_ms * (1 + spread * (index - 5) / 5) for index in range(11))
+        good = ImageQuality(mse=0.08 / steps, psnr_db=20.0 + steps, ssim=0.5 + steps / 20)
+        exact = ImageQuality(mse=0.0, psnr_db=None, ssim=1.0)
+        rows.append(
+            Row(
+                steps=steps,
+                latency=step_latency_from(Latency(warmup_ms=(99.0,), samples_ms=samples)),
+                quality=good if steps < 5 else ImageQuality(mse=0.008, psnr_db=None, ssim=0.875),
+                images=(
+                    NamedQuality(name="first", quality=good),
+                    NamedQuality(name="second", quality=good if steps < 5 else exact),
+                ),
+            )
+        )
+    environment = Environment(
+        python="3.12.1",
+        platform="Linux-6.1-x86_64",
+        cpu="Some CPU",
+        logical_cores=4,
+        usable_cores=2,
+        load_average=(0.5, 0.25, 0.125),
+        packages={"numpy": "2.0.0"},
+        commit=None,
+    )
+    return Report(
+        created="2026-01-02T03:04:05+00:00",
+        environment=environment,
+        bundle=BundleFacts(name="demo-faces", domain="custom", output_size=64, checkpoint_sha256="ab" * 32),
+        session={"backend": "onnxruntime", "device": "cpu", "threads": 2},
+        settings=Settings(batch=1, warmup=1, repeats=11, image_count=2, steps=(1, 2, 5)),
+        rows=tuple(rows),
+    )

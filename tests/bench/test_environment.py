@@ -1,0 +1,61 @@
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from restyle_deploy.bench import environment
+from restyle_deploy.bench.environment import describe_environment
+
+
+def test_this_machine_is_described() -> None:
+    found = describe_environment()
+    assert found.python == platform.python_version()
+    assert found.packages["numpy"] == np.__version__
+    assert found.cpu
+    assert 1 <= found.usable_cores <= found.logical_cores
+
+
+def test_what_a_platform_lacks_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getloadavg", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(environment, "PACKAGES", ("no-such-package",))
+    found = describe_environment()
+    assert found.load_average is None
+    assert found.usable_cores == found.logical_cores
+    assert found.packages == {}
+
+
+def test_cpu_model_comes_from_the_list_of_linux(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 1\nmodel name\t: Good CPU @ 2 GHz\nmodel name\t: other\n")
+    assert environment._read_cpu_model(cpuinfo) == "Good CPU @ 2 GHz"
+    assert environment._read_cpu_model(tmp_path / "absent") == (platform.processor() or platform.machine())
+
+
+def test_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert environment._read_commit(tmp_path) is None  # no checkout
+    git("init", "--quiet")
+    assert environment._read_commit(tmp_path) is None  # no commit
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "first")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert environment._read_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("b")
+    assert environment._read_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_commit_is_left_open_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._read_commit(tmp_path) is None

@@ -1,0 +1,120 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from restyle_deploy.bench import run as bench_run
+from restyle_deploy.bench.report import read_report
+from restyle_deploy.bench.run import run_bench
+from restyle_deploy.errors import BackendUnavailableError, ReportError
+from restyle_deploy.model_config import ModelConfig
+
+
+def named_images(count: int) -> list[tuple[str, NDArray[np.uint8]]]:
+    random = np.random.default_rng(0)
+    return [(f"photo{index}", random.integers(0, 256, (20, 30, 3), np.uint8)) for index in range(count)]
+
+
+def run_quickly(session: Any, output: Path, **changes: Any) -> Any:
+    settings = {"images": named_images(3), "steps": (1, 2, 5), "warmup": 1, "repeats": 3, **changes}
+    return run_bench(session, settings.pop("images"), output, **settings)
+
+
+def test_everything_is_written(session: Any, tmp_path: Path) -> None:
+    report = run_quickly(session, tmp_path / "new" / "out", strip_count=2)
+    written = {str(path.relative_to(tmp_path / "new" / "out")) for path in (tmp_path / "new" / "out").rglob("*.*")}
+    assert written == {
+        "report.json",
+        "quality-latency.png",
+        "quality-latency.svg",
+        "strips/photo0.png",
+        "strips/photo1.png",
+    }
+    assert read_report(tmp_path / "new" / "out" / "report.json") == report
+
+
+def test_report_says_what_was_done(session: Any, tmp_path: Path) -> None:
+    report = run_quickly(session, tmp_path)
+    assert (report.bundle.name, report.bundle.output_size, report.bundle.domain) == ("made-up", 32, "custom")
+    assert report.session["backend"] == "made-up"
+    assert (report.settings.batch, report.settings.image_count, report.settings.steps) == (1, 3, (1, 2, 5))
+    assert report.created.endswith("+00:00")
+    assert [row.steps for row in report.rows] == [1, 2, 5]
+    assert {len(row.latency.samples_ms) for row in report.rows} == {3}
+    assert {len(row.latency.warmup_ms) for row in report.rows} == {1}
+
+
+def test_quality_is_counted_at_the_size_of_the_input(session: Any, tmp_path: Path) -> None:
+    report = run_quickly(session, tmp_path)
+    energy = report.rows[0].quality.mse / 0.25  # what is left after k steps of halving is 4^-k of the target's energy
+    for row in report.rows:
+        assert row.quality.mse == pytest.approx(energy * 4.0**-row.steps, rel=1e-4)
+        assert [image.name for image in row.images] == ["photo0", "photo1", "photo2"]
+        assert row.quality.mse == pytest.approx(np.mean([image.quality.mse for image in row.images]))
+
+
+def test_each_image_is_inverted_once_and_timing_is_at_batch_one(session: Any, tmp_path: Path) -> None:
+    run_quickly(session, tmp_path, images=named_images(11), repeats=2, steps=(5, 1))
+    quality_calls = [call for call in session.calls if call[2]]
+    timed_calls = [call for call in session.calls if not call[2]]
+    assert quality_calls == [(8, 5, True), (3, 5, True)]
+    assert timed_calls == [(1, 1, False), (1, 5, False), (1, 5, False), (1, 1, False), (1, 1, False), (1, 5, False)]
+
+
+@pytest.mark.parametrize(("output_size", "steps", "batch"), [(64, 10, 8), (1024, 10, 2), (1024, 1, 8), (1024, 50, 1)])
+def test_batches_fit_in_memory(output_size: int, steps: int, batch: int) -> None:
+    config = ModelConfig(encoder_type="BackboneEncoder", domain="faces", output_size=output_size)
+    assert bench_run._quality_batch(config, steps) == batch
+
+
+def test_progress_counts_refinement_steps(session: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run_quickly(session, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    total = 3 * 5 + (1 + 3) * (1 + 2 + 5)
+    assert {entry[1] for entry in seen} == {total}
+    assert [entry[0] for entry in seen] == sorted({entry[0] for entry in seen})
+    assert seen[-1] == (total, total)
+
+
+def test_a_second_run_replaces_the_first(session: Any, tmp_path: Path) -> None:
+    run_quickly(session, tmp_path)
+    run_quickly(session, tmp_path, steps=(1,))
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["steps"] == [1]
+
+
+@pytest.mark.parametrize("steps", [(), (0, 1), (1, 1)])
+def test_unusable_step_counts_are_refused(session: Any, tmp_path: Path, steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="step counts are"):
+        run_quickly(session, tmp_path, steps=steps)
+
+
+def test_no_images_are_refused(session: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no images"):
+        run_quickly(session, tmp_path, images=[])
+
+
+@pytest.mark.parametrize("names", [("same", "same"), ("a/b", "c"), ("", "c")])
+def test_names_that_are_no_unique_files_are_refused(session: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="not unique file names"):
+        run_quickly(session, tmp_path, images=[(name, image) for name in names])
+
+
+def test_folder_that_cannot_be_written_is_named_before_the_work(session: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="no folder that can be written to"):
+        run_quickly(session, tmp_path / "file" / "out")
+    assert session.calls == []
+
+
+def test_missing_library_is_named_before_the_work(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BackendUnavailableError, match="matplotlib"):
+        run_quickly(session, tmp_path)
+    assert session.calls == []

