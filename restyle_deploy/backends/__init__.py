@@ -50,5 +50,6 @@ def load_backend(name: str) -> Backend:
         if error.name != row.library:
             raise
         raise BackendUnavailableError(
-            f"backend {name} needs {row.library}, which is not installed; run: pip install 'restyle-deploy[{row.extra}]'"
+            f"backend {name} needs {row.library}, which is not installed; "
+            f"run: pip install 'restyle-deploy[{row.extra}]'"
         ) from error
