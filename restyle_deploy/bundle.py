@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.errors import BundleError
 from restyle_deploy.files import sha256_of_file
-from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.model_config import ModelConfig, graph_specs
 from restyle_deploy.tensors import TensorSpec
 
 FORMAT_VERSION = 1
@@ -21,6 +21,9 @@ LATENT_AVG = "latent_avg.npy"
 AVERAGE_IMAGE = "average_image.npy"
 EXPECTATION = "expectation.npz"
 _ARRAYS = (LATENT_AVG, AVERAGE_IMAGE, EXPECTATION)
+_SIZES = ("output_size", "input_size", "style_dim", "mapping_layers")
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +73,20 @@ def open_bundle(directory: str | Path) -> Bundle:
     manifest = _read_manifest(directory)
     try:
         config = _config_from_json(manifest["model"])
-        graphs = {name: _graph_from_json(directory, manifest["graphs"][name]) for name in GRAPHS}
+        graphs = {name: _graph_from_json(directory, name, manifest["graphs"][name], config) for name in GRAPHS}
         arrays = {name: _check_file(directory, manifest["arrays"][name]) for name in _ARRAYS}
         return Bundle(
             path=directory,
             config=config,
-            checkpoint_sha256=manifest["checkpoint_sha256"],
+            checkpoint_sha256=_typed(manifest, "checkpoint_sha256", str),
             graphs=graphs,
             latent_avg=_load_array(arrays[LATENT_AVG], (config.n_styles, config.style_dim)),
             average_image=_load_array(arrays[AVERAGE_IMAGE], (3, *config.input_shape)),
             expectation=arrays[EXPECTATION],
-            engines=tuple(manifest["engines"]),
-            verification=manifest["verification"],
+            engines=tuple(dict(engine) for engine in _typed(manifest, "engines", list)),
+            verification=_typed(manifest, "verification", dict),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
         raise BundleError(
             f"{directory / MANIFEST}: damaged ({type(error).__name__}: {error}); export the bundle again"
         ) from error
@@ -164,17 +167,28 @@ def _check_file(directory: Path, record: Mapping[str, str]) -> Path:
     return path
 
 
+def _typed(values: Mapping[str, Any], key: str, kind: type[Value]) -> Value:
+    value = values[key]
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} is {value!r}, expected {kind.__name__}")
+    return value
+
+
 def _config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    for key in _SIZES:
+        _typed(values, key, int)
     channels = {int(size): count for size, count in values["generator_channels"].items()}
     widths, units = (tuple(values[key]) for key in ("encoder_widths", "encoder_units"))
     return ModelConfig(**{**values, "generator_channels": channels, "encoder_widths": widths, "encoder_units": units})
 
 
-def _graph_from_json(directory: Path, record: Mapping[str, Any]) -> GraphRecord:
+def _graph_from_json(directory: Path, name: str, record: Mapping[str, Any], config: ModelConfig) -> GraphRecord:
     inputs, outputs = (
         tuple(TensorSpec(name=spec["name"], dtype=spec["dtype"], shape=tuple(spec["shape"])) for spec in record[side])
         for side in ("inputs", "outputs")
     )
+    if (inputs, outputs) != graph_specs(config)[name]:
+        raise ValueError(f"the inputs or outputs of the {name} do not fit the model")
     return GraphRecord(path=_check_file(directory, record), sha256=record["sha256"], inputs=inputs, outputs=outputs)
 
 

@@ -13,7 +13,8 @@ from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, open_b
 from restyle_deploy.checkpoint import load_checkpoint
 from restyle_deploy.errors import CheckpointError, ExportError
 from restyle_deploy.files import replace_directory_when_complete
-from restyle_deploy.graph.export import encoder_graph, generator_graph, graph_specs
+from restyle_deploy.graph.export import encoder_graph, generator_graph
+from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
 from restyle_deploy.runtime.session import Session, targets_from_images
 from restyle_deploy.verify import (

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from restyle_deploy.tensors import BATCH, TensorSpec
 from restyle_deploy.variants import VARIANTS, Variant
 
 OFFICIAL_STYLE_DIM = 512
@@ -63,3 +64,17 @@ class ModelConfig:
         """Height and width of the rendered image after the domain's crop."""
         first, end = self.variant.crop_rows(self.output_size)
         return end - first, self.output_size
+
+
+def graph_specs(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+    """Return (inputs, outputs) of the graphs `encoder` and `generator`; all float32, the batch is free."""
+
+    def spec(name: str, *sizes: int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="float32", shape=(BATCH, *sizes))
+
+    latent = (config.n_styles, config.style_dim)
+    target, current = (spec(name, 3, *config.input_shape) for name in ("target", "current"))
+    return {
+        "encoder": ((target, current, spec("latent", *latent)), (spec("latent_out", *latent),)),
+        "generator": ((spec("latent", *latent),), (spec("image", 3, *config.image_shape), current)),
+    }

@@ -139,4 +139,5 @@ def verify_bundle(directory: Path, *, backend: str, device: str, threads: int | 
 
 def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
     difference = np.abs(found.astype(np.float64) - expected)
-    return difference.reshape(len(difference), -1).max(axis=1)
+    largest: NDArray[np.float64] = difference.reshape(len(difference), -1).max(axis=1)
+    return largest

@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from restyle_deploy.export import export_checkpoint
-from tests.toy import write_toy_checkpoint
-
 PROJECT_ROOT = Path(__file__).parents[1]
 
 
@@ -28,12 +25,16 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in the official layout; the model is the official one in small."""
+    from tests.toy import write_toy_checkpoint  # here, so that tests without a model start without torch
+
     return write_toy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "toy.pt")
 
 
 @pytest.fixture(scope="session")
 def toy_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `toy_checkpoint`. Only to be read: a test that changes it takes a copy."""
+    from restyle_deploy.export import export_checkpoint
+
     directory = tmp_path_factory.mktemp("bundle") / "toy"
     export_checkpoint(toy_checkpoint, directory)
     return directory

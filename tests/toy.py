@@ -44,7 +44,9 @@ def toy_model(*, mapping_layers: int = TOY_MAPPING_LAYERS, seed: int = 0, **opti
     return model.eval().requires_grad_(False)
 
 
-def toy_checkpoint_content(*, mapping_layers: int = TOY_MAPPING_LAYERS, seed: int = 0, **options: Any) -> dict[str, Any]:
+def toy_checkpoint_content(
+    *, mapping_layers: int = TOY_MAPPING_LAYERS, seed: int = 0, **options: Any
+) -> dict[str, Any]:
     """Return what an official checkpoint file of a toy model holds."""
     model = toy_model(mapping_layers=mapping_layers, seed=seed, **options)
     state_dict = dict(model.state_dict())

@@ -48,7 +48,7 @@ class FeatureDistance(nn.Module):
 
 def reconstruction_loss(image: Tensor, target: Tensor, distance: FeatureDistance) -> Tensor:
     """Return a scalar for [N, 1, H, W] images: Σ levels |Δ| + Δ² + 0.1 · feature distance."""
-    loss = (image - target).square().mean() + FEATURE_WEIGHT * distance(image, target)
+    loss: Tensor = (image - target).square().mean() + FEATURE_WEIGHT * distance(image, target)
     for level in range(PYRAMID_LEVELS):
         loss = loss + (functional.avg_pool2d(image, 2**level) - functional.avg_pool2d(target, 2**level)).abs().mean()
     return loss

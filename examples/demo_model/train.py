@@ -65,7 +65,8 @@ class Networks:
     def encode(self, target: Tensor, current: Tensor) -> Tensor:
         """Return the residual [N, n_styles, style_dim] for grey images [N, 1, 64, 64]."""
         pair = torch.cat([target.expand(-1, 3, -1, -1), current.expand(-1, 3, -1, -1)], dim=1)
-        return self.encoder(pair.contiguous(memory_format=torch.channels_last))
+        residual: Tensor = self.encoder(pair.contiguous(memory_format=torch.channels_last))
+        return residual
 
     def start(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the average latent and its image, repeated."""
@@ -163,7 +164,8 @@ def create_networks(config: ModelConfig) -> Networks:
         mapping_layers=0,
         image_channels=1,
     )
-    encoder = ENCODERS[config.encoder_type](config).to(memory_format=torch.channels_last)
+    encoder = ENCODERS[config.encoder_type](config)
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this overload
     return Networks(encoder=encoder, generator=generator, latent_avg=torch.zeros(1, config.n_styles, config.style_dim))
 
 

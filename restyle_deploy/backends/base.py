@@ -71,6 +71,7 @@ def check_buffers(buffers: Mapping[str, NDArray[Any]], specs: tuple[TensorSpec, 
     missing = [spec.name for spec in specs if spec.name not in buffers]
     if missing:
         raise ShapeError(f"no buffer for {', '.join(missing)}; got {', '.join(buffers) or 'none'}")
-    batch = buffers[specs[0].name].shape[0]
+    first = buffers[specs[0].name]
+    batch = first.shape[0] if first.ndim else 1
     for spec in specs:
         spec.check(buffers[spec.name], batch)

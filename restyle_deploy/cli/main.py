@@ -1,5 +1,6 @@
 """`restyle-deploy`: the group of all commands."""
 
+import errno
 from typing import Any
 
 import click
@@ -23,9 +24,10 @@ class _Group(click.Group):
         except RestyleDeployError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.filename is None:
+            if error.errno in (None, errno.EPIPE):  # not the system's; or a closed pipe, which click ends quietly
                 raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+            place = "" if error.filename is None else f"{error.filename}: "
+            raise click.ClickException(f"{place}{error.strerror}") from error
 
 
 @click.group(cls=_Group)

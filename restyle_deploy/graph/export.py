@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restyle_deploy.errors import ExportError
-from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.restyle import RestyleModel
 from restyle_deploy.ops import fused_bias_act, upfirdn2d
 from restyle_deploy.tensors import BATCH, TensorSpec
@@ -32,20 +32,6 @@ class Graph:
     model: onnx.ModelProto
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-def graph_specs(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
-    """Return (inputs, outputs) of the graphs `encoder` and `generator`; all float32, the batch is free."""
-
-    def spec(name: str, *sizes: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="float32", shape=(BATCH, *sizes))
-
-    latent = (config.n_styles, config.style_dim)
-    target, current = (spec(name, 3, *config.input_shape) for name in ("target", "current"))
-    return {
-        "encoder": ((target, current, spec("latent", *latent)), (spec("latent_out", *latent),)),
-        "generator": ((spec("latent", *latent),), (spec("image", 3, *config.image_shape), current)),
-    }
 
 
 def encoder_graph(model: RestyleModel) -> Graph:

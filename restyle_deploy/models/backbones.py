@@ -86,7 +86,8 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, H, W]."""
         gate = functional.relu(self.fc1(x.mean(dim=(2, 3), keepdim=True)))
-        return x * self.fc2(gate).sigmoid()
+        scale: Tensor = self.fc2(gate).sigmoid()
+        return x * scale
 
 
 class IrSeBlock(nn.Module):
@@ -111,7 +112,9 @@ class IrSeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, I, H, W] to [N, O, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        return self.res_layer(x) + self.shortcut_layer(x)
+        residual: Tensor = self.res_layer(x)
+        shortcut: Tensor = self.shortcut_layer(x)
+        return residual + shortcut
 
 
 class ResNetBlock(nn.Module):
@@ -133,4 +136,5 @@ class ResNetBlock(nn.Module):
         """Map [N, I, H, W] to [N, O, ⌈H/stride⌉, ⌈W/stride⌉]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(x)) + shortcut)
+        residual: Tensor = self.bn2(self.conv2(x))
+        return functional.relu(residual + shortcut)

@@ -34,7 +34,8 @@ class StyleHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, map_size] to [N, style_dim]; H is map_size, or three quarters of it (cars)."""
-        return self.linear(self.convs(x).flatten(1))
+        style: Tensor = self.linear(self.convs(x).flatten(1))
+        return style
 
 
 class _Backbone(nn.Module):

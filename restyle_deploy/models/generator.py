@@ -67,7 +67,7 @@ class Generator(nn.Module):
             [N, image_channels, output_size, output_size] in about [-1, 1], not clipped.
         """
         x = self.conv1(self.input.input, latent[:, 0], self.noises.get_buffer("noise_0"))  # [N, C, 4, 4]
-        image = self.to_rgb1(x, latent[:, 1], None)
+        image: Tensor = self.to_rgb1(x, latent[:, 1], None)
         for index, to_rgb in enumerate(self.to_rgbs):
             for conv in (2 * index, 2 * index + 1):
                 x = self.convs[conv](x, latent[:, conv + 1], self.noises.get_buffer(f"noise_{conv + 1}"))
@@ -104,6 +104,8 @@ class ConstantInput(nn.Module):
 
 class FirFilter(nn.Module):
     """Holder of the FIR filter under upstream's name; the weights come from the checkpoint."""
+
+    kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +206,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor, skip: Tensor | None) -> Tensor:
         """Map [N, C, H, W] to [N, image_channels, H, W]; `skip` is [N, image_channels, H/2, W/2], or None at 4 px."""
-        image = self.conv(x, style) + self.bias
+        image: Tensor = self.conv(x, style) + self.bias
         if skip is None:
             return image
         return image + upfirdn2d(skip, self.upsample.kernel, up=2, pads=SKIP_PADS)

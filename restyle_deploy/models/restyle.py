@@ -47,7 +47,8 @@ class RestyleModel(nn.Module):
 
     def encode(self, target: Tensor, current: Tensor, latent: Tensor) -> Tensor:
         """Add the predicted residual to the W+ code: [N, 3, H, W] twice and [N, S, D] -> [N, S, D]."""
-        return self.encoder(torch.cat([target, current], dim=1)) + latent
+        residual: Tensor = self.encoder(torch.cat([target, current], dim=1))
+        return residual + latent
 
     def generate(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Render W+ codes [N, S, D] to (image [N, 3, R, R'], the same pooled to [N, 3, H, W])."""

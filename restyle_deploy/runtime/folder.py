@@ -37,6 +37,11 @@ class FolderOptions:
     resized: bool = False
     batch_size: int = 1
 
+    @property
+    def keeps_every_step(self) -> bool:
+        """Whether the results of all steps are written, and so kept in memory."""
+        return self.every_step or self.official_layout
+
 
 @dataclass(frozen=True, kw_only=True)
 class FolderResult:
@@ -84,7 +89,11 @@ def invert_files(
         batch = inputs[first : first + options.batch_size]
         loaded = list(_load_targets(batch, session, fail))
         for image_input, result in _invert_batch(session, loaded, options, fail):
-            _write_images(image_input, result.images, output, session, options)
+            try:
+                _write_images(image_input, result.images, output, session, options)
+            except ImageError as error:
+                fail(image_input.path, f"{image_input.path}: {error}")
+                continue
             latents[_latent_name(image_input, options)] = result.latents
         progress(len(batch))
     path = _write_latents(latents, output, options) if latents else None
@@ -107,29 +116,35 @@ def _invert_batch(
     options: FolderOptions,
     fail: Callable[[Path, str], None],
 ) -> list[tuple[ImageInput, InversionResult]]:
-    """Return every-step results per input; when a batch is not finite, find out which of its images is not."""
+    """Return results per input, [kept, ...]; when a batch is not finite, find out which of its images is not."""
     if not loaded:
         return []
     try:
         result = session.invert(
-            np.stack([image for _, image in loaded]), steps=options.steps, every_step=True, max_batch=len(loaded)
+            np.stack([image for _, image in loaded]),
+            steps=options.steps,
+            every_step=options.keeps_every_step,
+            max_batch=len(loaded),
         )
     except VerificationError as error:
         if len(loaded) == 1:
-            fail(loaded[0][0].path, str(error))
+            fail(loaded[0][0].path, f"{loaded[0][0].path}: {error}")
             return []
         return [pair for item in loaded for pair in _invert_batch(session, [item], options, fail)]
+    kept = options.steps if options.keeps_every_step else 1
+    images = result.images.reshape(kept, len(loaded), *result.images.shape[-3:])
+    latents = result.latents.reshape(kept, len(loaded), *result.latents.shape[-2:])
     return [
-        (image_input, InversionResult(images=result.images[:, index], latents=result.latents[:, index]))
+        (image_input, InversionResult(images=images[:, index], latents=latents[:, index]))
         for index, (image_input, _) in enumerate(loaded)
     ]
 
 
 def _image_paths(image_input: ImageInput, output: Path, options: FolderOptions) -> dict[Path, int]:
-    """Return each output path with the index of its step."""
+    """Return each output path with the index of its step among those kept."""
     if options.official_layout:
         return {output / OFFICIAL_FOLDER / str(step) / image_input.name: step for step in range(options.steps)}
-    paths = {output / f"{image_input.stem}.png": options.steps - 1}
+    paths = {output / f"{image_input.stem}.png": -1}
     if options.every_step:
         paths |= {output / f"step-{step + 1}" / f"{image_input.stem}.png": step for step in range(options.steps)}
     return paths
@@ -146,7 +161,7 @@ def _check_targets(inputs: Sequence[ImageInput], output: Path, options: FolderOp
 def _write_images(
     image_input: ImageInput, images: NDArray[np.float32], output: Path, session: Session, options: FolderOptions
 ) -> None:
-    """Write [steps, 3, R, R'] as the layout asks."""
+    """Write [kept, 3, R, R'] as the layout asks."""
     size = session.config.input_shape if options.resized else None
     for path, step in _image_paths(image_input, output, options).items():
         save_image(path, uint8_from_images(images[step]), size=size)

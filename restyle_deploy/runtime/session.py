@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,12 @@ class Session:
         module = load_backend(backend)
         opened = open_bundle(bundle)
         options = RunnerOptions(device=device, threads=threads)
-        runners = {
-            name: module.load(graph.path, graph.inputs, graph.outputs, options) for name, graph in opened.graphs.items()
-        }
+        runners: dict[str, Runner] = {}
+        with ExitStack() as loaded:
+            for name, graph in opened.graphs.items():
+                runners[name] = module.load(graph.path, graph.inputs, graph.outputs, options)
+                loaded.callback(runners[name].close)
+            loaded.pop_all()  # all are there: the session closes them
         description = {
             "backend": backend,
             "device": device,
@@ -112,6 +116,7 @@ class Session:
                 raise TypeError(f"{name} is a {type(value).__name__}, expected a whole number")
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        steps, max_batch = int(steps), int(max_batch)  # a NumPy integer of 8 bits overflows when doubled
         targets = targets_from_images(images, self.config)
         count, kept = len(targets), (steps if every_step else 1)
         result_images = np.empty((kept, count, 3, *self.config.image_shape), np.float32)
@@ -164,8 +169,8 @@ class _Loop:
         self._bundle = bundle
         specs = {spec.name: spec for graph in bundle.graphs.values() for spec in graph.inputs + graph.outputs}
         self._target, self._current = specs["target"].allocate(batch), specs["current"].allocate(batch)
-        self.images = np.stack([specs["image"].allocate(batch)] * max(1, steps_kept))
-        self._latents = np.stack([specs["latent"].allocate(batch)] * max(2, steps_kept + 1))
+        self.images: NDArray[np.float32] = np.stack([specs["image"].allocate(batch)] * max(1, steps_kept))
+        self._latents: NDArray[np.float32] = np.stack([specs["latent"].allocate(batch)] * max(2, steps_kept + 1))
         self._steps_kept = steps_kept
         self._runs: list[Callable[[], None]] = []
         for step in range(max(2, steps_kept)):
@@ -187,7 +192,8 @@ class _Loop:
         """Return the latents that `run` left: a view of [kept, N, S, D]."""
         if self._steps_kept:
             return self._latents[1:]
-        return self._latents[steps % 2][None]
+        last = steps % 2
+        return self._latents[last : last + 1]
 
 
 def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np.float32]:

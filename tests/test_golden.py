@@ -1,0 +1,130 @@
+"""The official code's own outputs, against the torch model and the exported bundle, at every step."""
+
+import gc
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from restyle_deploy.checkpoint import load_checkpoint
+from restyle_deploy.export import export_checkpoint
+from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
+from restyle_deploy.runtime.session import Session, targets_from_images
+from restyle_deploy.verify import reduce_images
+
+pytestmark = pytest.mark.slow
+
+LATENT_TOLERANCE = 1e-4
+IMAGE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenCase:
+    checkpoint: Path
+    expected: dict[str, NDArray[Any]]
+
+    @property
+    def steps(self) -> int:
+        return len(self.expected["latents"])
+
+
+@pytest.fixture(scope="module", params=["e4e_church_256", "psp_cars_512", "psp_ffhq_1024"])
+def case(
+    request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GoldenCase]:
+    """One case at a time: its files take up to 2 GB and are deleted before the next one is made."""
+    golden = shared_dir / "golden"
+    if not golden.is_dir():
+        pytest.skip(f"the reference outputs are not here: {golden}")
+    directory = tmp_path_factory.mktemp(request.param)
+    checkpoint = directory / "official.pt"
+    _weights_writer(golden / "weights.py")(str(golden / f"{request.param}.json"), str(checkpoint))
+    with np.load(golden / f"{request.param}.npz") as arrays:
+        expected = dict(arrays)
+    yield GoldenCase(checkpoint=checkpoint, expected=expected)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def bundle(case: GoldenCase) -> Path:
+    directory = case.checkpoint.with_name("bundle")
+    export_checkpoint(case.checkpoint, directory)
+    gc.collect()
+    return directory
+
+
+def test_torch_model_gives_the_official_results(
+    case: GoldenCase, record_property: Callable[[str, object], None]
+) -> None:
+    model = model_from_checkpoint(load_checkpoint(case.checkpoint))
+    check_average_image(model.average_image().numpy(), case, record_property)
+    latents, images = invert_with_torch(model, case)
+    check_steps(latents, images, case, record_property)
+
+
+def test_exported_bundle_gives_the_official_results(
+    case: GoldenCase, bundle: Path, record_property: Callable[[str, object], None]
+) -> None:
+    with Session.open(bundle) as session:
+        check_average_image(session.bundle.average_image, case, record_property)
+        result = session.invert(case.expected["input"], steps=case.steps, every_step=True)
+    check_steps(result.latents, result.images, case, record_property)
+
+
+def invert_with_torch(model: RestyleModel, case: GoldenCase) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    targets = torch.from_numpy(targets_from_images(case.expected["input"], model.config))
+    results = model.invert(targets, steps=case.steps)
+    return np.stack([step.latent.numpy() for step in results]), np.stack([step.image.numpy() for step in results])
+
+
+def check_average_image(
+    average_image: NDArray[np.float32], case: GoldenCase, record_property: Callable[[str, object], None]
+) -> None:
+    pooled, _ = reduce_images(average_image)
+    error = np.abs(pooled - case.expected["average_image"]).max()
+    record_property("average_image_error", float(error))
+    assert pooled.shape == case.expected["average_image"].shape
+    assert error <= IMAGE_TOLERANCE
+
+
+def check_steps(
+    latents: NDArray[np.float32],
+    images: NDArray[np.float32],
+    case: GoldenCase,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Compare [steps, N, ...] with what the official code gave; the largest errors go into the test report."""
+    pooled, crop = reduce_images(images)
+    errors = {
+        "latent": largest_per_step(latents, case.expected["latents"]),
+        "pooled": largest_per_step(pooled, case.expected["images_pooled"]),
+        "crop": largest_per_step(crop, case.expected["images_crop"]),
+    }
+    for name, values in errors.items():
+        record_property(f"{name}_errors", values.tolist())
+    assert images.shape[-2:] == tuple(case.expected["image_size"])
+    assert errors["latent"].max() <= LATENT_TOLERANCE
+    assert max(errors["pooled"].max(), errors["crop"].max()) <= IMAGE_TOLERANCE
+
+
+def largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    assert found.shape == expected.shape
+    difference: NDArray[np.float32] = np.abs(found - expected).reshape(len(found), -1).max(axis=1)
+    return difference
+
+
+def _weights_writer(script: Path) -> Callable[[str, str], None]:
+    spec = importlib.util.spec_from_file_location("golden_weights", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main: Callable[[str, str], None] = module.main
+    return main
