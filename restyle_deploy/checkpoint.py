@@ -1,6 +1,7 @@
 """Official `.pt` files -> `Checkpoint`. Nothing in a file is executed, nothing in it is passed over silently."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,12 +13,21 @@ from torch import Tensor
 
 from restyle_deploy.errors import CheckpointError
 from restyle_deploy.files import sha256_of_file
-from restyle_deploy.model_config import ModelConfig, official_generator_channels
+from restyle_deploy.model_config import (
+    OFFICIAL_INPUT_SIZE,
+    OFFICIAL_STYLE_DIM,
+    OFFICIAL_WIDTHS,
+    ModelConfig,
+    official_generator_channels,
+)
 from restyle_deploy.variants import VARIANTS, variant_from_dataset_type
 
 OFFICIAL_ENCODER_TYPE = "BackboneEncoder"
 OFFICIAL_OUTPUT_SIZE = 1024
 OFFICIAL_DATASET_TYPE = "ffhq_encode"
+# Below, the style heads have no map to reduce; above, upstream's generator has no channels.
+SMALLEST_SIZE, LARGEST_SIZE = 32, 1024
+ENCODER_STAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,13 @@ def load_checkpoint(path: Path, *, overrides: Mapping[str, Any] | None = None) -
         )
     state_dict = _as_float32(content["state_dict"], path)
     mapping_layers = sum(key.startswith("decoder.style.") and key.endswith(".weight") for key in state_dict)
-    config = config_from_options(content.get("opts") or {}, mapping_layers=mapping_layers, overrides=overrides or {})
+    options = {} if content.get("opts") is None else content["opts"]
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"{path}: `opts` is a {type(options).__name__}, expected a dict")
+    try:
+        config = config_from_options(options, mapping_layers=mapping_layers, overrides=overrides or {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     _check_finite({**state_dict, "latent_avg": content["latent_avg"]}, path)
     return Checkpoint(
         path=path,
@@ -87,35 +103,39 @@ def config_from_options(
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise CheckpointError(f"unknown model fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    domain = variant_from_dataset_type(str(options.get("dataset_type", OFFICIAL_DATASET_TYPE))).name
+    given = {key: value for key, value in options.items() if value is not None}
     values: dict[str, Any] = {
         "encoder_type": OFFICIAL_ENCODER_TYPE,
+        "domain": variant_from_dataset_type(str(given.get("dataset_type", OFFICIAL_DATASET_TYPE))).name,
         "output_size": OFFICIAL_OUTPUT_SIZE,
-        "domain": domain,
-        "mapping_layers": mapping_layers,
+        "input_size": OFFICIAL_INPUT_SIZE,
+        "style_dim": OFFICIAL_STYLE_DIM,
+        "generator_channels": {},
+        "encoder_widths": OFFICIAL_WIDTHS,
+        "encoder_units": (),
     }
-    values |= {key: value for key, value in options.items() if key in known and value is not None}
-    values |= overrides
-    _check_sizes(values)
-    channels = values.get("generator_channels") or official_generator_channels(values["output_size"])
-    values["generator_channels"] = {int(size): int(count) for size, count in channels.items()}
+    values |= {key: value for key, value in given.items() if key in known}
+    values |= {"mapping_layers": mapping_layers, **overrides}
+    values["generator_channels"] = _with_whole_keys(values["generator_channels"])
+    problems = _find_problems(values)
+    if problems:
+        raise CheckpointError("impossible model options: " + "; ".join(problems))
+    values["generator_channels"] = values["generator_channels"] or official_generator_channels(values["output_size"])
     for key in ("encoder_widths", "encoder_units"):
-        if key in values:
-            values[key] = tuple(values[key])
-    _check_channels(values)
+        values[key] = tuple(values[key])
     return ModelConfig(**values)
 
 
 def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `CheckpointError` with every missing, unexpected and misshapen key, or return."""
+    """Raise `CheckpointError` with every missing, unexpected and misshapen (or mistyped) key, or return."""
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     misshapen = [
-        f"{key} (got {list(found[key].shape)}, expected {list(tensor.shape)})"
+        f"{key} (got {_describe(found[key])}, expected {_describe(tensor)})"
         for key, tensor in expected.items()
-        if key in found and found[key].shape != tensor.shape
+        if key in found and _describe(found[key]) != _describe(tensor)
     ]
-    named = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    named = {"missing": missing, "unexpected": unexpected, "of another shape or type": misshapen}
     problems = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in named.items() if keys]
     if problems:
         raise CheckpointError(
@@ -128,33 +148,45 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise CheckpointError(f"{path}: not a torch checkpoint ({_first_line(error)})") from error
-        raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors and plain values, which could run code, and is refused "
-            f"({_pickled_name(error)}); save it again with plain values only"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: holds pickled objects other than tensors and plain values, which could run code, and is "
+                f"refused ({refused[1]}); save it again with plain values only"
+            ) from error
+        raise CheckpointError(f"{path}: not a torch checkpoint, or damaged ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict with `state_dict`")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # its text advises to load the file with code execution
+        return "its content is no pickle of tensors and plain values"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _pickled_name(error: Exception) -> str:
-    words = str(error).split()
-    return next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "GLOBAL"), "unnamed")
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _as_float32(state_dict: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise CheckpointError(f"{path}: `state_dict` holds something else than tensors")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state_dict.items()}
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(key, str) and _is_dense_tensor(value) for key, value in state_dict.items()
+    ):
+        raise CheckpointError(f"{path}: `state_dict` holds something else than dense tensors by name")
+    tensors = {key: value.detach() for key, value in state_dict.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def _is_dense_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
 
 
 def _check_finite(tensors: Mapping[str, Any], path: Path) -> None:
@@ -165,34 +197,56 @@ def _check_finite(tensors: Mapping[str, Any], path: Path) -> None:
 
 def _repeat_latent_avg(latent_avg: Any, config: ModelConfig, path: Path) -> Tensor:
     shapes = [(config.style_dim,), (1, config.style_dim), (config.n_styles, config.style_dim)]
-    if not isinstance(latent_avg, Tensor) or tuple(latent_avg.shape) not in shapes:
+    if not _is_dense_tensor(latent_avg) or tuple(latent_avg.shape) not in shapes:
         got = list(latent_avg.shape) if isinstance(latent_avg, Tensor) else type(latent_avg).__name__
         raise CheckpointError(f"{path}: latent_avg: got {got}, expected {list(shapes[-1])} or {list(shapes[0])}")
-    return latent_avg.float().expand(shapes[-1]).contiguous()
+    return latent_avg.detach().float().expand(shapes[-1]).contiguous()
 
 
-def _check_sizes(values: Mapping[str, Any]) -> None:
-    problems = []
-    sizes = {key: values.get(key, 8) for key in ("output_size", "input_size", "style_dim")}
-    sizes["input_size"] = values.get("input_size", 256)
-    not_whole = [key for key, value in sizes.items() if not isinstance(value, int) or value < 1]
-    problems += [f"{key} is {sizes[key]!r}, expected a positive whole number" for key in not_whole]
-    if not not_whole:
-        output, pooled = sizes["output_size"], sizes["input_size"]
-        if output < 8 or output & (output - 1):
-            problems.append(f"output_size is {output}, expected a power of two of at least 8")
-        if pooled < 16 or pooled & (pooled - 1) or output % pooled:
-            problems.append(f"input_size is {pooled}, expected a power of two from 16 to output_size ({output})")
-    if values["domain"] not in VARIANTS:
-        problems.append(f"domain is {values['domain']!r}, expected one of {', '.join(VARIANTS)}")
-    if problems:
-        raise CheckpointError("impossible model options: " + "; ".join(problems))
+def _with_whole_keys(channels: Any) -> Any:
+    """Return channels by size with sizes that were written as text (JSON and TOML have no other keys) as numbers."""
+    if not isinstance(channels, Mapping):
+        return channels
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in channels.items()}
 
 
-def _check_channels(values: Mapping[str, Any]) -> None:
-    expected = official_generator_channels(values["output_size"])
-    if set(values["generator_channels"]) != set(expected):
-        raise CheckpointError(
-            f"impossible model options: generator_channels has {sorted(values['generator_channels'])}, "
-            f"expected the sizes {sorted(expected)}"
-        )
+def _find_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each field that is not what the architecture needs."""
+    output_size = values["output_size"]
+    largest = output_size if _is_size(output_size) else LARGEST_SIZE
+    sizes = sorted(official_generator_channels(largest))
+    channels, widths, units = (values[key] for key in ("generator_channels", "encoder_widths", "encoder_units"))
+    expectations = {
+        "encoder_type": (isinstance(values["encoder_type"], str), "a name"),
+        "domain": (values["domain"] in list(VARIANTS), f"one of {', '.join(VARIANTS)}"),
+        "output_size": (_is_size(output_size), f"a power of two from {SMALLEST_SIZE} to {LARGEST_SIZE}"),
+        "input_size": (
+            _is_size(values["input_size"], largest=largest),
+            f"a power of two from {SMALLEST_SIZE} to output_size ({output_size})",
+        ),
+        "style_dim": (_is_count(values["style_dim"]), "a positive whole number"),
+        "mapping_layers": (_is_count(values["mapping_layers"], smallest=0), "a whole number, 0 or more"),
+        "encoder_widths": (_are_stages(widths), f"{ENCODER_STAGES} positive whole numbers"),
+        "encoder_units": (_are_stages(units) or units in ((), []), f"{ENCODER_STAGES} positive whole numbers, or none"),
+        "generator_channels": (
+            channels == {} or _are_channels(channels, sizes),
+            f"a positive whole number for each of the sizes {', '.join(map(str, sizes))}",
+        ),
+    }
+    return [f"{key} is {values[key]!r}, expected {text}" for key, (fits, text) in expectations.items() if not fits]
+
+
+def _is_count(value: Any, *, smallest: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def _is_size(value: Any, *, largest: int = LARGEST_SIZE) -> bool:
+    return _is_count(value, smallest=SMALLEST_SIZE) and value & (value - 1) == 0 and value <= largest
+
+
+def _are_stages(values: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) == ENCODER_STAGES and all(map(_is_count, values))
+
+
+def _are_channels(channels: Any, sizes: list[int]) -> bool:
+    return isinstance(channels, Mapping) and set(channels) == set(sizes) and all(map(_is_count, channels.values()))

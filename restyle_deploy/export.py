@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, open_bundle, write_manifest
+from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, MANIFEST, write_manifest
 from restyle_deploy.checkpoint import load_checkpoint
 from restyle_deploy.errors import CheckpointError, ExportError
 from restyle_deploy.files import replace_directory_when_complete
@@ -109,7 +109,8 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"{output}: exists already; add --overwrite to replace it, or choose another name")
-    open_bundle(output) if output.is_dir() else None
+    if not (output / MANIFEST).is_file():  # a damaged bundle may be replaced, anything else may not
+        raise ExportError(f"{output}: is no bundle ({MANIFEST} is missing) and is not replaced; choose another name")
 
 
 def _write_arrays(model: RestyleModel, directory: Path) -> None:

@@ -33,10 +33,10 @@ class TensorSpec:
     def check(self, array: NDArray[Any], batch: int) -> None:
         """Raise `ShapeError` unless `array` has this dtype, this shape at `batch`, and is C-contiguous."""
         expected = self.concrete_shape(batch)
-        if array.shape != expected or array.dtype.name != self.dtype or not array.flags.c_contiguous:
+        if array.shape != expected or array.dtype != np.dtype(self.dtype) or not array.flags.c_contiguous:
             layout = "contiguous" if array.flags.c_contiguous else "strided"
             raise ShapeError(
-                f"{self.name}: got {layout} {array.dtype.name} {list(array.shape)}, "
+                f"{self.name}: got {layout} {array.dtype} {list(array.shape)}, "
                 f"expected contiguous {self.dtype} {list(expected)}"
             )
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.errors import VerificationError
+from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import resize_image
 from restyle_deploy.runtime.session import Session
@@ -96,13 +97,24 @@ def save_expectation(path: Path, expectation: Expectation) -> None:
 
 
 def load_expectation(path: Path) -> Expectation:
-    """Read what `save_expectation` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return Expectation(**{name: arrays[name] for name in arrays.files})
+    """Read what `save_expectation` wrote.
+
+    Raises:
+        BundleError: the file holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Expectation(**{name: arrays[name] for name in arrays.files})
+    except (AttributeError, BadZipFile, EOFError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: holds no expectation ({error}); export the bundle again") from error
 
 
 def compare_with_expectation(session: Session, expectation: Expectation) -> Parity:
-    """Invert the inputs and return the largest differences at each step."""
+    """Invert the inputs and return the largest differences at each step.
+
+    Raises:
+        VerificationError: the session gave NaN or infinity, or arrays of another shape.
+    """
     result = session.invert(expectation.inputs, steps=expectation.steps, every_step=True)
     pooled, crop = reduce_images(result.images)
     image_errors = np.maximum(
@@ -131,13 +143,17 @@ def verify_bundle(directory: Path, *, backend: str, device: str, threads: int | 
 
     Raises:
         BundleError, BackendUnavailableError, BuildError: see `Session.open`.
-        VerificationError: the session gave NaN or infinity.
+        VerificationError: see `compare_with_expectation`.
     """
     with Session.open(directory, backend=backend, device=device, threads=threads) as session:
         return compare_with_expectation(session, load_expectation(session.bundle.expectation))
 
 
 def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    if found.shape != expected.shape:
+        raise VerificationError(
+            f"got results of {list(found.shape)}, the expectation holds {list(expected.shape)}; export the bundle again"
+        )
     difference = np.abs(found.astype(np.float64) - expected)
     largest: NDArray[np.float64] = difference.reshape(len(difference), -1).max(axis=1)
     return largest

@@ -35,6 +35,7 @@ class Runner(Protocol):
                 the run reads and writes them in place, and they stay alive as long as the function does.
         Raises:
             ShapeError: a buffer is missing or does not fit its spec.
+            ValueError: the runner is closed.
         """
         ...
 

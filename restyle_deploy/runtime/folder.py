@@ -1,5 +1,6 @@
 """Invert image files into a folder, batch by batch; a file that fails is reported and the others go on."""
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +162,15 @@ def _check_targets(inputs: Sequence[ImageInput], output: Path, options: FolderOp
 def _write_images(
     image_input: ImageInput, images: NDArray[np.float32], output: Path, session: Session, options: FolderOptions
 ) -> None:
-    """Write [kept, 3, R, R'] as the layout asks."""
+    """Write [kept, 3, R, R'] as the layout asks; raise `ImageError` where the input's name does not allow it."""
     size = session.config.input_shape if options.resized else None
     for path, step in _image_paths(image_input, output, options).items():
-        save_image(path, uint8_from_images(images[step]), size=size)
+        try:
+            save_image(path, uint8_from_images(images[step]), size=size)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise ImageError(f"{path}: the name of the output would be too long; rename the input") from error
 
 
 def _latent_name(image_input: ImageInput, options: FolderOptions) -> str:

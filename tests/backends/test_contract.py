@@ -1,0 +1,270 @@
+"""What every backend keeps to, on each device that it has here. A new backend only adds its row to `BACKENDS`."""
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from restyle_deploy.backends import BACKENDS, load_backend
+from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
+from restyle_deploy.bundle import Bundle, open_bundle
+from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
+from restyle_deploy.runtime.session import Session
+from restyle_deploy.verify import (
+    IMAGE_TOLERANCE,
+    LATENT_TOLERANCE,
+    check_parity,
+    compare_with_expectation,
+    load_expectation,
+)
+
+Buffers = dict[str, NDArray[Any]]
+
+TOLERANCES = {"latent_out": LATENT_TOLERANCE, "image": IMAGE_TOLERANCE, "current": IMAGE_TOLERANCE}
+
+
+def list_cases() -> list[tuple[str, str]]:
+    """Return (backend, device) of all that can run here, and (backend, "none") of the others, which are skipped."""
+    cases = []
+    for name in BACKENDS:
+        try:
+            devices = load_backend(name).devices()
+        except BackendUnavailableError:
+            devices = ()
+        cases += [(name, device) for device in devices or ("none",)]
+    return cases
+
+
+@pytest.fixture(scope="module", params=list_cases(), ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Name and device of a backend."""
+    name, device = request.param
+    try:
+        load_backend(name)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    if device == "none":
+        pytest.skip(f"backend {name}: no device can run it here")
+    return name, device
+
+
+@pytest.fixture(scope="module")
+def backend(case: tuple[str, str]) -> Backend:
+    return load_backend(case[0])
+
+
+@pytest.fixture(scope="module")
+def bundle(toy_bundle: Path) -> Bundle:
+    return open_bundle(toy_bundle)
+
+
+def load(backend: Backend, bundle: Bundle, graph: str, device: str, threads: int | None = None) -> Runner:
+    record = bundle.graphs[graph]
+    return backend.load(record.path, record.inputs, record.outputs, RunnerOptions(device=device, threads=threads))
+
+
+@pytest.fixture(scope="module")
+def runners(backend: Backend, case: tuple[str, str], bundle: Bundle) -> Iterator[Mapping[str, Runner]]:
+    """Both graphs, loaded once for all tests that close nothing."""
+    loaded = {name: load(backend, bundle, name, case[1]) for name in bundle.graphs}
+    yield loaded
+    for runner in loaded.values():
+        runner.close()
+
+
+def create_buffers(bundle: Bundle, graph: str, batch: int, seed: int = 0) -> Buffers:
+    """Return random inputs and outputs full of NaN."""
+    record = bundle.graphs[graph]
+    random = np.random.default_rng(seed)
+    inputs = {spec.name: random.normal(0, 0.5, spec.concrete_shape(batch)).astype(spec.dtype) for spec in record.inputs}
+    return inputs | {spec.name: np.full(spec.concrete_shape(batch), np.nan, spec.dtype) for spec in record.outputs}
+
+
+def outputs_of(bundle: Bundle, graph: str, buffers: Buffers) -> Buffers:
+    return {spec.name: buffers[spec.name].copy() for spec in bundle.graphs[graph].outputs}
+
+
+graphs = pytest.mark.parametrize("graph", ["encoder", "generator"])
+
+
+def test_devices_and_versions_are_named(backend: Backend, case: tuple[str, str]) -> None:
+    assert case[1] in backend.devices()
+    assert backend.library_versions()
+    assert all(version for version in backend.library_versions().values())
+
+
+@graphs
+def test_results_land_in_the_bound_buffers(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+    buffers = create_buffers(bundle, graph, 2)
+    addresses = {name: array.ctypes.data for name, array in buffers.items()}
+    inputs = {spec.name: buffers[spec.name].copy() for spec in bundle.graphs[graph].inputs}
+    run = runners[graph].bind(buffers)
+    run()
+    first = outputs_of(bundle, graph, buffers)
+    assert all(np.isfinite(array).all() for array in first.values())
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(buffers[name], array)
+    for spec in bundle.graphs[graph].outputs:
+        buffers[spec.name].fill(np.nan)
+    run()
+    for name, array in first.items():
+        np.testing.assert_array_equal(buffers[name], array)
+    assert {name: array.ctypes.data for name, array in buffers.items()} == addresses
+
+
+@graphs
+def test_inputs_are_read_anew_at_every_run(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+    buffers, other = create_buffers(bundle, graph, 2), create_buffers(bundle, graph, 2, seed=1)
+    run = runners[graph].bind(buffers)
+    run()
+    before = outputs_of(bundle, graph, buffers)
+    for spec in bundle.graphs[graph].inputs:
+        np.copyto(buffers[spec.name], other[spec.name])
+    run()
+    runners[graph].bind(other)()
+    for name, array in outputs_of(bundle, graph, other).items():
+        assert not np.array_equal(buffers[name], before[name])
+        np.testing.assert_allclose(buffers[name], array, rtol=0, atol=TOLERANCES[name])
+
+
+@graphs
+def test_batches_equal_single_images(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+    whole = create_buffers(bundle, graph, 8)
+    for batch in (1, 3, 8):
+        part = {name: np.ascontiguousarray(array[:batch]) for name, array in whole.items()}
+        runners[graph].bind(part)()
+        for index in range(batch):
+            single = {name: np.ascontiguousarray(array[index : index + 1]) for name, array in whole.items()}
+            runners[graph].bind(single)()
+            for name, array in outputs_of(bundle, graph, single).items():
+                np.testing.assert_allclose(part[name][index], array[0], rtol=0, atol=TOLERANCES[name], err_msg=name)
+
+
+def test_several_bound_runs_take_turns(bundle: Bundle, runners: Mapping[str, Runner]) -> None:
+    first, second = create_buffers(bundle, "generator", 1), create_buffers(bundle, "generator", 2, seed=1)
+    run_first, run_second = (runners["generator"].bind(buffers) for buffers in (first, second))
+    run_first()
+    expected = first["image"].copy()
+    run_second()
+    np.testing.assert_array_equal(first["image"], expected)
+    first["image"].fill(np.nan)
+    run_first()
+    np.testing.assert_array_equal(first["image"], expected)
+
+
+def test_thread_count_changes_no_result(backend: Backend, case: tuple[str, str], bundle: Bundle) -> None:
+    results = []
+    for threads in (1, 2):
+        runner = load(backend, bundle, "generator", case[1], threads)
+        buffers = create_buffers(bundle, "generator", 2)
+        runner.bind(buffers)()
+        runner.close()
+        results.append(buffers["image"])
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=IMAGE_TOLERANCE)
+
+
+def strided(array: NDArray[Any]) -> NDArray[Any]:
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+WRONG_BUFFERS = {
+    "wrong channels": lambda array: np.zeros((2, 4, *array.shape[2:]), array.dtype),
+    "one axis more": lambda array: array[None],
+    "one axis less": lambda array: array[0],
+    "no axis": lambda array: np.float32(0) + array[(0,) * array.ndim][()] * np.ones((), array.dtype),
+    "another batch": lambda array: array[:1],
+    "float64": lambda array: array.astype(np.float64),
+    "integers": lambda array: array.astype(np.int32),
+    "other byte order": lambda array: array.astype(">f4"),
+    "strided": strided,
+    "Fortran order": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("name", ["target", "current", "latent", "latent_out"])
+@pytest.mark.parametrize("change", WRONG_BUFFERS.values(), ids=WRONG_BUFFERS.keys())
+def test_wrong_buffers_are_refused(bundle: Bundle, runners: Mapping[str, Runner], name: str, change: Any) -> None:
+    buffers = create_buffers(bundle, "encoder", 2)
+    buffers[name] = change(np.zeros_like(buffers[name]))
+    with pytest.raises(ShapeError, match=r": got (contiguous|strided) .*, expected contiguous float32 \["):
+        runners["encoder"].bind(buffers)
+
+
+@graphs
+def test_missing_buffers_are_all_named(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+    buffers = create_buffers(bundle, graph, 1)
+    latent = {"latent": buffers.pop("latent")}
+    with pytest.raises(ShapeError, match="no buffer for latent; got "):
+        runners[graph].bind(buffers)
+    others = ", ".join(buffers)
+    with pytest.raises(ShapeError, match=f"no buffer for {others}; got latent"):
+        runners[graph].bind(latent)
+    with pytest.raises(ShapeError, match="got none"):
+        runners[graph].bind({})
+
+
+def test_closed_runner_binds_no_more(backend: Backend, case: tuple[str, str], bundle: Bundle) -> None:
+    runner = load(backend, bundle, "generator", case[1])
+    runner.close()
+    runner.close()
+    with pytest.raises(ValueError, match="closed"):
+        runner.bind(create_buffers(bundle, "generator", 1))
+
+
+@pytest.mark.parametrize("device", ["", "abacus", "cpu:99"])
+def test_unknown_device_is_refused(backend: Backend, bundle: Bundle, device: str) -> None:
+    with pytest.raises(BackendUnavailableError, match=f"device '{device}' cannot run here; available: "):
+        load(backend, bundle, "generator", device)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", None])
+def test_file_that_is_no_graph_is_refused(
+    backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "broken.onnx").write_bytes(content)
+    record = bundle.graphs["encoder"]
+    with pytest.raises(BuildError, match=r"refuses broken\.onnx: ") as caught:
+        backend.load(tmp_path / "broken.onnx", record.inputs, record.outputs, RunnerOptions(device=case[1]))
+    assert "\n" not in str(caught.value)
+
+
+def test_session_meets_the_stored_expectation(case: tuple[str, str], toy_bundle: Path) -> None:
+    name, device = case
+    with Session.open(toy_bundle, backend=name, device=device) as session:
+        check_parity(compare_with_expectation(session, load_expectation(session.bundle.expectation)), name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    row = BACKENDS[name]
+    monkeypatch.delitem(sys.modules, row.module, raising=False)
+    monkeypatch.setitem(sys.modules, row.library, None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        load_backend(name)
+    assert f"backend {name} needs {row.library}, which is not installed" in str(caught.value)
+    assert f"pip install 'restyle-deploy[{row.extra}]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'other'", name="other"), ImportError("libfoo.so: wrong ELF class")]
+)
+def test_other_import_errors_pass_through(monkeypatch: pytest.MonkeyPatch, name: str, error: ImportError) -> None:
+    def fail(module: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(type(error)) as caught:
+        load_backend(name)
+    assert caught.value is error
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"unknown backend 'abacus'; known are {', '.join(BACKENDS)}"):
+        load_backend("abacus")
