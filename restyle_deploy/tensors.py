@@ -1,6 +1,5 @@
 """Shapes and dtypes of what crosses a graph's border."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +42,3 @@ class TensorSpec:
     def allocate(self, batch: int) -> NDArray[Any]:
         """Return a zeroed array of this dtype and shape, owned by the caller."""
         return np.zeros(self.concrete_shape(batch), self.dtype)
-
-
-def specs_by_name(specs: tuple[TensorSpec, ...]) -> Mapping[str, TensorSpec]:
-    """Return the specs keyed by their names."""
-    return {spec.name: spec for spec in specs}

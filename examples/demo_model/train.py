@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from examples.demo_model.losses import FeatureDistance, reconstruction_loss
 from examples.demo_model.portraits import Portraits, augment, load_portraits, reduce_to_64
+from restyle_deploy.files import replace_when_complete
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.models.encoders import ENCODERS
 from restyle_deploy.models.generator import Generator
@@ -112,11 +113,28 @@ class InversionPool:
         self.age[indices] = 0
 
 
-def train(training: Portraits, held_out: Portraits, *, minutes: float, save: Callable[[Networks], None]) -> Networks:
-    """Train for `minutes` of wall-clock time and return the moving average of the weights; `save` it at each report."""
+def train(
+    training: Portraits,
+    held_out: Portraits,
+    *,
+    minutes: float,
+    save: Callable[[Networks], None],
+    resumed: Networks | None = None,
+    start_at: float = 0.0,
+) -> Networks:
+    """Train for `minutes` of wall-clock time and return the moving average of the weights.
+
+    Args:
+        training: portraits to learn from.
+        held_out: portraits that are only measured, for the log.
+        minutes: wall-clock time of what is left of the schedule.
+        save: called with the moving average at each report.
+        resumed: networks to go on with, instead of new ones.
+        start_at: share of the schedule that counts as done.
+    """
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(0)
-    live = create_networks(CONFIG)
+    live = resumed or create_networks(CONFIG)
     average = copy.deepcopy(live)
     render = torch.compile(live.generator)  # fuses the element-wise passes, which take most of the time on a CPU
     distance = FeatureDistance()
@@ -130,12 +148,12 @@ def train(training: Portraits, held_out: Portraits, *, minutes: float, save: Cal
     pool = InversionPool(torch.from_numpy(training.pixels), live, random)
     held_out_images = reduce_to_64(held_out.pixels)
     begin = time.monotonic()
-    phase, iteration, next_report = "one step", 0, 0.05
-    while (progress := (time.monotonic() - begin) / (60 * minutes)) < 1:
+    phase = "one step" if start_at < ONE_STEP_END else "joint"
+    iteration, next_report = 0, start_at + 0.05
+    while (progress := start_at + (1 - start_at) * (time.monotonic() - begin) / (60 * minutes)) < 1:
         if phase == "one step" and progress > ONE_STEP_END:
             phase = "joint"
-            for networks in (live, average):
-                centre_latent_avg(networks, pool.target)
+            centre_latent_avg(live, average, pool.target)
             pool.restart_all(live)
         if phase == "joint" and progress > JOINT_END:
             phase = "encoder only"
@@ -167,6 +185,20 @@ def create_networks(config: ModelConfig) -> Networks:
     encoder = ENCODERS[config.encoder_type](config)
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this overload
     return Networks(encoder=encoder, generator=generator, latent_avg=torch.zeros(1, config.n_styles, config.style_dim))
+
+
+def networks_from_checkpoint(path: Path) -> Networks:
+    """Return the networks of a checkpoint that `write_checkpoint` wrote."""
+    content = torch.load(path, weights_only=True)
+    networks = create_networks(CONFIG)
+    networks.latent_avg = content["latent_avg"][None]
+    state = content["state_dict"]
+    grey = networks.generator.state_dict()
+    for key, value in grey.items():
+        stored = state[f"decoder.{key}"]
+        value.copy_(stored if stored.shape == value.shape else stored.narrow(1, 0, 1))
+    networks.encoder.load_state_dict({key: state[f"encoder.{key}"] for key in networks.encoder.state_dict()})
+    return networks
 
 
 def run_iteration(
@@ -211,15 +243,19 @@ def update_average(average: Networks, live: Networks, iteration: int) -> None:
 
 
 @torch.no_grad()
-def centre_latent_avg(networks: Networks, target: Tensor) -> None:
-    """Move the mean of the first step's result into the average latent, and out of the heads' biases."""
-    latent, current = networks.start(len(target))
-    networks.encoder.eval()
-    mean = networks.encode(target, current).mean(dim=0)  # [S, D]
-    networks.encoder.train()
-    networks.latent_avg += mean
-    for head, bias in zip(networks.encoder.get_submodule("styles").children(), mean, strict=True):
-        getattr(head, "linear", head).bias -= bias
+def centre_latent_avg(live: Networks, average: Networks, target: Tensor) -> None:
+    """Move the mean of the first step's result into the average latent, and out of the heads' biases.
+
+    Both networks move by the same mean: the moving average of the weights only fits one average latent.
+    """
+    _, current = average.start(len(target))
+    average.encoder.eval()
+    mean = average.encode(target, current).mean(dim=0)  # [S, D]
+    average.encoder.train()
+    for networks in (live, average):
+        networks.latent_avg = networks.latent_avg + mean
+        for head, shift in zip(networks.encoder.get_submodule("styles").children(), mean, strict=True):
+            head.get_submodule("linear").bias -= shift
 
 
 @torch.no_grad()
@@ -257,20 +293,30 @@ def write_checkpoint(networks: Networks, *, config: ModelConfig, path: Path) -> 
         "encoder_widths": list(config.encoder_widths),
         "encoder_units": list(config.encoder_units),
     }
-    torch.save({"state_dict": state, "latent_avg": networks.latent_avg[0], "opts": options}, path)
+    with replace_when_complete(path) as temporary:
+        torch.save({"state_dict": state, "latent_avg": networks.latent_avg[0], "opts": options}, temporary)
 
 
 @click.command(help=__doc__)
 @click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--minutes", default=100.0, show_default=True, help="Training time on this machine.")
+@click.option("--resume", type=click.Path(exists=True, path_type=Path), help="Go on with a checkpoint of this script.")
+@click.option("--start-at", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share of the schedule done.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-def main(archive: Path, output: Path, minutes: float, threads: int) -> None:
+def main(archive: Path, output: Path, minutes: float, resume: Path | None, start_at: float, threads: int) -> None:
     """Train, measure on the portraits held out, and write the checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(threads)
     training, held_out = load_portraits(archive)
-    networks = train(training, held_out, minutes=minutes, save=partial(write_checkpoint, config=CONFIG, path=output))
+    networks = train(
+        training,
+        held_out,
+        minutes=minutes,
+        save=partial(write_checkpoint, config=CONFIG, path=output),
+        resumed=networks_from_checkpoint(resume) if resume else None,
+        start_at=start_at,
+    )
     write_checkpoint(networks, config=CONFIG, path=output)
     errors = measure(networks, reduce_to_64(held_out.pixels), steps=10)
     click.echo(json.dumps({"minutes": minutes, "held_out_mse": errors}))

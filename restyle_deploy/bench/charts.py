@@ -134,7 +134,8 @@ def _draw_panel(axes: Axes, metric: Metric, rows: Sequence[Row]) -> None:
     direction = "higher is better" if metric.higher_is_better else "lower is better"
     axes.set_title(f"{metric.label}, {direction}", fontsize=11, color=TEXT_COLOUR)
     axes.set_xlabel("latency per image, ms", color=TEXT_COLOUR)
-    axes.set_xlim(0, 1.25 * max(row.latency.median_ms + row.latency.iqr_ms for row in rows))
+    # A bar that one disturbed call stretched may leave the frame; the points must not be squeezed for it.
+    axes.set_xlim(0, max(1.25 * row.latency.median_ms + min(row.latency.iqr_ms, row.latency.median_ms) for row in rows))
     axes.margins(y=0.15)
     axes.grid(visible=True, color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,8 @@
 """`restyle-deploy`: the group of all commands."""
 
 import errno
+import io
+import sys
 from typing import Any
 
 import click
@@ -40,6 +42,8 @@ def main() -> None:
       restyle-deploy export restyle_psp_ffhq_encode.pt -o faces
       restyle-deploy invert faces photos -o out
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may hold what its encoding cannot express
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 for command in (export, invert, bench, verify, inspect, doctor):

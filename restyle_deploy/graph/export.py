@@ -1,8 +1,10 @@
 """One refinement step as two ONNX graphs with a free batch."""
 
+import ast
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx
@@ -77,7 +79,7 @@ def _export(model: RestyleModel, name: str, method: Callable[..., Tensor | tuple
         if program is None:
             raise ExportError(f"{name}: the exporter returned nothing")
         onnxscript.optimizer.optimize(program.model, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
-    return Graph(model=_with_functions(program.model_proto), inputs=inputs, outputs=outputs)
+    return Graph(model=_with_layer_names(_with_functions(program.model_proto)), inputs=inputs, outputs=outputs)
 
 
 def _with_functions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -90,17 +92,27 @@ def _with_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-class _quiet:
+def _with_layer_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Name nodes after the module they come from, and drop the exporter's notes, which tell paths of this machine."""
+    for node in model.graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        layer = next((scope for scope in reversed(scopes[:-1]) if scope), "model").removeprefix("model.")
+        node.name = f"{layer}/{node.name.removeprefix('node_')}"
+    graph = model.graph
+    for described in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del described.metadata_props[:]
+    return model
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Raise the level of loggers to ERROR for a while."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    try:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+        yield
+    finally:
+        for logger, level in levels.items():
             logger.setLevel(level)

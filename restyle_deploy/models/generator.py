@@ -40,7 +40,6 @@ class Generator(nn.Module):
         image_channels: int = 3,
     ) -> None:
         super().__init__()
-        self.n_styles = 2 * int(math.log2(output_size)) - 2
         if mapping_layers:
             layers = [MappingLayer(style_dim) for _ in range(mapping_layers)]
             self.style = nn.Sequential(PixelNorm(), *layers)

@@ -1,4 +1,4 @@
-"""Layers that the encoders and the generator share."""
+"""The layer that the encoders and the generator share."""
 
 import math
 
@@ -23,19 +23,3 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, in_features] to [N, out_features]."""
         return functional.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
-
-
-class EqualConv2d(nn.Module):
-    """A convolution with equalised learning rate: the stored weight is scaled by 1 / √fan_in when used."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, in_channels, H, W] to [N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        padding = self.weight.shape[-1] // 2
-        return functional.conv2d(x, self.weight * self.scale, self.bias, stride=self.stride, padding=padding)

@@ -95,23 +95,40 @@ def test_checkpoint_is_official_and_three_channels_equal_the_grey_one(tmp_path: 
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_centring_moves_the_mean_from_the_heads_to_the_average() -> None:
+def test_resuming_restores_the_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CONFIG", SMALL)
     torch.manual_seed(0)
     networks = training.create_networks(SMALL)
+    networks.latent_avg += 1
+    training.write_checkpoint(networks, config=SMALL, path=tmp_path / "small.pt")
+    resumed = training.networks_from_checkpoint(tmp_path / "small.pt")
+    images = reduce_to_64(random_portraits(2).pixels)
+    assert training.measure(resumed, images, steps=2) == training.measure(networks, images, steps=2)
+
+
+def biases_of_heads(networks: training.Networks) -> torch.Tensor:
+    state = networks.encoder.state_dict()
+    return torch.stack([state[f"styles.{index}.linear.bias"].clone() for index in range(SMALL.n_styles)])
+
+
+def test_centring_moves_the_same_mean_of_both_networks_to_their_average() -> None:
+    torch.manual_seed(0)
+    live, average = training.create_networks(SMALL), training.create_networks(SMALL)
     images = torch.randn(4, 1, 64, 64)
-    before = [head.linear.bias.detach().clone() for head in networks.encoder.styles]
-    training.centre_latent_avg(networks, images)
-    moved = torch.stack([old - head.linear.bias for old, head in zip(before, networks.encoder.styles, strict=True)])
-    torch.testing.assert_close(networks.latent_avg[0], moved.detach())
-    assert moved.abs().max() > 0
+    before = [biases_of_heads(networks) for networks in (live, average)]
+    training.centre_latent_avg(live, average, images)
+    assert torch.equal(live.latent_avg, average.latent_avg)
+    assert live.latent_avg.abs().max() > 0
+    for old, networks in zip(before, (live, average), strict=True):
+        torch.testing.assert_close(networks.latent_avg[0], old - biases_of_heads(networks))
 
 
 def test_training_runs_all_phases_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CONFIG", SMALL)
     monkeypatch.setattr(torch, "compile", lambda module: module)
     times = iter(np.linspace(0, 60, 25).tolist() + [60.0] * 10)
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(times))
-    saved = []
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    saved: list[training.Networks] = []
     portraits = random_portraits(20)
     networks = training.train(portraits, random_portraits(3), minutes=1, save=saved.append)
     assert len(saved) >= 5
