@@ -39,7 +39,8 @@ def load(
     try:
         session = ort.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no other common base
-        raise BuildError(f"ONNX Runtime {ort.__version__} refuses {graph.name}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise BuildError(f"ONNX Runtime {ort.__version__} refuses {graph.name}: {reason}") from error
     return OnnxRuntimeRunner(session, inputs, outputs)
 
 

@@ -17,10 +17,13 @@ from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.errors import ShapeError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import normalize_images, resize_image
+from restyle_deploy.tensors import TensorSpec
 
 DEFAULT_MAX_BATCH = 8
-# Loops kept bound: one for full batches, one for what remains, and as many again for every_step.
-LOOPS_KEPT = 4
+# Loops kept bound, each with its buffers: one for full batches, one for what remains.
+LOOPS_KEPT = 2
+# Float images are meant in [-1, 1]; resampling overshoots a little, while 0..255 would be far off.
+LARGEST_VALUE = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +105,14 @@ class Session:
                 of the encoder's size. Only read.
             steps: refinement steps, at least 1; upstream uses 5.
             every_step: keep each step: a leading steps axis on both results.
-            max_batch: images of one run; more are split, which bounds the memory.
+            max_batch: images of one run; more are split, which bounds the working memory of the graphs.
         Returns:
             Arrays that the caller owns.
         Raises:
             TypeError: `images` is no array of uint8 or float32, or `steps` is no whole number.
             ShapeError: another shape.
-            ValueError: no image, a value that is not finite, steps or max_batch below 1, or the session is closed.
+            ValueError: no image, a value that is not finite or far outside [-1, 1], steps or max_batch below 1, or the
+                session is closed.
             VerificationError: the model gave NaN or infinity; the message names the image.
         """
         for name, value in (("steps", steps), ("max_batch", max_batch)):
@@ -151,10 +155,10 @@ class Session:
             raise ValueError("the session is closed")
         key = (batch, steps_kept)
         if key not in self._loops:
+            while len(self._loops) >= LOOPS_KEPT:
+                self._loops.popitem(last=False)
             self._loops[key] = _Loop(self.bundle, self._runners, batch=batch, steps_kept=steps_kept)
         self._loops.move_to_end(key)
-        while len(self._loops) > LOOPS_KEPT:
-            self._loops.popitem(last=False)
         return self._loops[key]
 
 
@@ -169,8 +173,8 @@ class _Loop:
         self._bundle = bundle
         specs = {spec.name: spec for graph in bundle.graphs.values() for spec in graph.inputs + graph.outputs}
         self._target, self._current = specs["target"].allocate(batch), specs["current"].allocate(batch)
-        self.images: NDArray[np.float32] = np.stack([specs["image"].allocate(batch)] * max(1, steps_kept))
-        self._latents: NDArray[np.float32] = np.stack([specs["latent"].allocate(batch)] * max(2, steps_kept + 1))
+        self.images = _allocate(max(1, steps_kept), specs["image"], batch)
+        self._latents = _allocate(max(2, steps_kept + 1), specs["latent"], batch)
         self._steps_kept = steps_kept
         self._runs: list[Callable[[], None]] = []
         for step in range(max(2, steps_kept)):
@@ -194,6 +198,10 @@ class _Loop:
             return self._latents[1:]
         last = steps % 2
         return self._latents[last : last + 1]
+
+
+def _allocate(count: int, spec: TensorSpec, batch: int) -> NDArray[np.float32]:
+    return np.zeros((count, *spec.concrete_shape(batch)), spec.dtype)
 
 
 def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np.float32]:
@@ -223,6 +231,11 @@ def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np
     bad = [index for index, image in enumerate(images) if not np.isfinite(image).all()]
     if bad:
         raise ValueError(f"images: NaN or infinity in image {', '.join(map(str, bad))}")
+    largest = float(np.abs(images).max())
+    if largest > LARGEST_VALUE:
+        raise ValueError(
+            f"images: float32 values up to {largest:g}, expected [-1, 1]; pass 0..255 as uint8 [N, H, W, 3]"
+        )
     return images
 
 

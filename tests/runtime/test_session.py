@@ -340,6 +340,16 @@ def test_no_images_are_refused(images: NDArray[Any]) -> None:
         session.invert(images)
 
 
+def test_float_images_far_outside_their_range_are_refused() -> None:
+    session, _, _ = create_session()
+    targets = targets_of(session, 2)
+    targets[1, 0, 0, 0] = 1.1
+    session.invert(targets)
+    targets[1, 0, 0, 0] = -200
+    with pytest.raises(ValueError, match=r"values up to 200, expected \[-1, 1\]; pass 0..255 as uint8"):
+        session.invert(targets)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_images_that_are_not_finite_are_all_named(value: float) -> None:
     session, encoder, _ = create_session()
