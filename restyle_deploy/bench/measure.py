@@ -49,22 +49,6 @@ class Latency:
         return self.iqr_ms > UNSTABLE_ABOVE * self.median_ms
 
 
-def measure_latency(
-    run: Callable[[], object], *, warmup: int, repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> Latency:
-    """Time a call.
-
-    Args:
-        run: returns only when its result is complete (a GPU backend synchronises inside).
-        warmup: calls before the measured ones, at least 0.
-        repeats: measured calls, at least 1.
-        clock: seconds, monotonic.
-    Raises:
-        ValueError: `warmup` or `repeats` is too small.
-    """
-    return measure_interleaved({"": run}, warmup=warmup, repeats=repeats, clock=clock)[""]
-
-
 def measure_interleaved(
     runs: Mapping[Cell, Callable[[], object]],
     *,
@@ -78,7 +62,10 @@ def measure_interleaved(
     Every round calls each cell once; the next round starts one cell later, so that no cell is always the first.
 
     Args:
-        runs: the calls by cell; see `measure_latency` for these and the other arguments.
+        runs: the calls by cell; one returns only when its result is complete (a GPU backend synchronises inside).
+        warmup: calls of each cell before the measured ones, at least 0.
+        repeats: measured calls of each cell, at least 1.
+        clock: seconds, monotonic.
         after_call: told the cell after each of its calls, warm-up included, outside the timed span.
     Returns:
         A `Latency` per cell, in the order of `runs`.

@@ -76,6 +76,7 @@ class Report:
         environment: the machine and its software.
         bundle: what was measured.
         session: backend, device, threads and library versions, as the session describes itself.
+        parity: largest differences from the reference model; within tolerance, or there is no report.
         settings: what was asked for.
         rows: one per step count, rising; at least one.
         format_version: of the file.
@@ -85,6 +86,7 @@ class Report:
     environment: Environment
     bundle: BundleFacts
     session: dict[str, object]
+    parity: dict[str, object]
     settings: Settings
     rows: tuple[Row, ...]
     format_version: int = FORMAT_VERSION

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,8 @@ from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
-from restyle_deploy.runtime.session import InversionResult
+from restyle_deploy.runtime.session import Session
+from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
 
 REPORT_NAME = "report.json"
 STRIPS_FOLDER = "strips"
@@ -36,22 +36,8 @@ MAX_QUALITY_BATCH = 8
 KEPT_IMAGES_BYTES = 256 * 2**20  # of one batch, every step
 
 
-class BenchSession(Protocol):
-    """What the benchmark needs of a `Session`."""
-
-    @property
-    def bundle(self) -> Bundle:
-        """The opened bundle."""
-
-    def invert(self, images: NDArray[Any], *, steps: int, every_step: bool = False) -> InversionResult:
-        """Invert images; return when the result is complete."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return backend, device, threads and versions."""
-
-
 def run_bench(
-    session: BenchSession,
+    session: Session,
     images: Sequence[tuple[str, NDArray[np.uint8]]],
     output: Path,
     *,
@@ -77,6 +63,7 @@ def run_bench(
         strip_count: strips are drawn for the first so many images.
     Raises:
         ValueError: no images or step counts, or unusable ones.
+        VerificationError: the session does not compute what the reference model does; nothing is measured then.
         ReportError: `output` cannot be written.
         BackendUnavailableError: the `bench` extra is not installed.
     """
@@ -84,6 +71,8 @@ def run_bench(
     steps = _check_steps(steps)
     _check_names([name for name, _ in images])
     _prepare_folder(output)
+    parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
+    check_parity(parity, session.bundle.path.name)
     environment = describe_environment()
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     targets = _targets_from_images(images, session.bundle.config)
@@ -102,6 +91,7 @@ def run_bench(
         environment=environment,
         bundle=_facts_of_bundle(session.bundle),
         session=session.describe(),
+        parity=parity.as_json(),
         settings=Settings(batch=1, warmup=warmup, repeats=repeats, image_count=len(images), steps=steps),
         rows=tuple(_row(count, latencies[count], qualities[count], names) for count in steps),
     )
@@ -152,7 +142,7 @@ def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callabl
 
 
 def _measure_qualities(
-    session: BenchSession,
+    session: Session,
     names: Sequence[str],
     targets: NDArray[np.float32],
     output: Path,

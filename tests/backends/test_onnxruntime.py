@@ -67,3 +67,12 @@ def test_refusal_names_the_version(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x08")
     with pytest.raises(BuildError, match=rf"ONNX Runtime {ort.__version__} refuses graph\.onnx"):
         load_backend("onnxruntime").load(tmp_path / "graph.onnx", (), (), RunnerOptions())
+
+
+def test_refusal_is_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unknown node\n1. details\n2. more of them\n")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(BuildError, match=r"refuses generator\.onnx: unknown node\Z"):
+        load(bundle, RunnerOptions())

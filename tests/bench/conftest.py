@@ -13,13 +13,14 @@ from restyle_deploy.bench.quality import ImageQuality
 from restyle_deploy.bench.report import BundleFacts, NamedQuality, Report, Row, Settings, step_latency_from
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.session import InversionResult
+from restyle_deploy.runtime.session import InversionResult, Session, targets_from_images
+from restyle_deploy.verify import STEPS, Expectation, create_inputs, reduce_images, save_expectation
 
 
-class FakeSession:
+class FakeSession(Session):
     """Halves the distance between a grey image and the target at every step; renders at twice the input's size."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         config = ModelConfig(encoder_type="BackboneEncoder", domain="custom", output_size=32, input_size=16)
         self.bundle = Bundle(
             path=Path("engines/made-up"),
@@ -28,14 +29,23 @@ class FakeSession:
             graphs={},
             latent_avg=np.zeros((config.n_styles, 512), np.float32),
             average_image=np.zeros((3, 16, 16), np.float32),
-            expectation=Path("expectation.npz"),
+            expectation=folder / "expectation.npz",
             engines=(),
             verification={},
         )
         self.calls: list[tuple[int, int, bool]] = []
+        inputs = create_inputs(config)
+        result = self.invert(inputs, steps=STEPS, every_step=True)
+        pooled, crop = reduce_images(result.images)
+        expectation = Expectation(inputs=inputs, latents=result.latents, images_pooled=pooled, images_crop=crop)
+        save_expectation(self.bundle.expectation, expectation)
+        self.calls.clear()
 
-    def invert(self, images: NDArray[Any], *, steps: int, every_step: bool = False) -> InversionResult:
+    def invert(
+        self, images: NDArray[Any], *, steps: int = 5, every_step: bool = False, max_batch: int = 8
+    ) -> InversionResult:
         self.calls.append((len(images), steps, every_step))
+        images = targets_from_images(images, self.bundle.config)
         large = images.repeat(2, axis=2).repeat(2, axis=3)
         kept = np.stack([large * (1 - 0.5**step) for step in range(1, steps + 1)]).astype(np.float32)
         latents = np.zeros((steps, len(images), self.bundle.config.n_styles, 512), np.float32)
@@ -46,8 +56,8 @@ class FakeSession:
 
 
 @pytest.fixture
-def session() -> FakeSession:
-    return FakeSession()
+def session(tmp_path: Path) -> FakeSession:
+    return FakeSession(tmp_path)
 
 
 @pytest.fixture
@@ -84,6 +94,7 @@ def report() -> Report:
         environment=environment,
         bundle=BundleFacts(name="demo-faces", domain="custom", output_size=64, checkpoint_sha256="ab" * 32),
         session={"backend": "onnxruntime", "device": "cpu", "threads": 2},
+        parity={"latent_errors": [1e-6], "image_errors": [1e-5]},
         settings=Settings(batch=1, warmup=1, repeats=11, image_count=2, steps=(1, 2, 5)),
         rows=tuple(rows),
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restyle_deploy.bench.measure import Latency, measure_interleaved, measure_latency
+from restyle_deploy.bench.measure import Latency, measure_interleaved
 
 
 class FakeClock:
@@ -28,14 +28,14 @@ class FakeClock:
 
 def test_warmup_is_kept_apart() -> None:
     clock = FakeClock()
-    latency = measure_latency(clock.call_taking(500, 80, 10, 12, 11), warmup=2, repeats=3, clock=clock)
+    latency = measure_interleaved({"a": clock.call_taking(500, 80, 10, 12, 11)}, warmup=2, repeats=3, clock=clock)["a"]
     assert latency.warmup_ms == pytest.approx((500, 80))
     assert latency.samples_ms == pytest.approx((10, 12, 11))
     assert latency.median_ms == pytest.approx(11)
 
 
 def test_real_clock_is_the_default() -> None:
-    assert measure_latency(lambda: None, warmup=0, repeats=1).samples_ms[0] >= 0
+    assert measure_interleaved({"a": lambda: None}, warmup=0, repeats=1)["a"].samples_ms[0] >= 0
 
 
 def test_figures_of_known_samples() -> None:
@@ -92,7 +92,7 @@ def test_the_report_after_a_call_is_not_timed() -> None:
 @pytest.mark.parametrize(("warmup", "repeats"), [(-1, 1), (0, 0)])
 def test_too_few_calls_are_refused(warmup: int, repeats: int) -> None:
     with pytest.raises(ValueError, match="expected at least 1 call, 0 and 1"):
-        measure_latency(lambda: None, warmup=warmup, repeats=repeats)
+        measure_interleaved({"a": lambda: None}, warmup=warmup, repeats=repeats)
 
 
 def test_nothing_to_run_is_refused() -> None:

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 from restyle_deploy.bench import run as bench_run
 from restyle_deploy.bench.report import read_report
 from restyle_deploy.bench.run import run_bench
-from restyle_deploy.errors import BackendUnavailableError, ReportError
+from restyle_deploy.errors import BackendUnavailableError, ReportError, VerificationError
 from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.verify import load_expectation, save_expectation
 
 
 def named_images(count: int) -> list[tuple[str, NDArray[np.uint8]]]:
@@ -59,8 +61,9 @@ def test_quality_is_counted_at_the_size_of_the_input(session: Any, tmp_path: Pat
 
 def test_each_image_is_inverted_once_and_timing_is_at_batch_one(session: Any, tmp_path: Path) -> None:
     run_quickly(session, tmp_path, images=named_images(11), repeats=2, steps=(5, 1))
-    quality_calls = [call for call in session.calls if call[2]]
+    parity_call, *quality_calls = [call for call in session.calls if call[2]]
     timed_calls = [call for call in session.calls if not call[2]]
+    assert parity_call == (2, 3, True)
     assert quality_calls == [(8, 5, True), (3, 5, True)]
     assert timed_calls == [(1, 1, False), (1, 5, False), (1, 5, False), (1, 1, False), (1, 1, False), (1, 5, False)]
 
@@ -118,3 +121,11 @@ def test_missing_library_is_named_before_the_work(
     with pytest.raises(BackendUnavailableError, match="matplotlib"):
         run_quickly(session, tmp_path)
     assert session.calls == []
+
+
+def test_a_session_that_computes_something_else_is_not_measured(session: Any, tmp_path: Path) -> None:
+    expectation = load_expectation(session.bundle.expectation)
+    save_expectation(session.bundle.expectation, replace(expectation, latents=expectation.latents + 1e-3))
+    with pytest.raises(VerificationError, match="made-up: differs from the reference model"):
+        run_quickly(session, tmp_path / "out")
+    assert not (tmp_path / "out" / "report.json").exists()

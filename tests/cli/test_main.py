@@ -220,7 +220,7 @@ def test_installed_command_fails_in_one_line(tmp_path: Path) -> None:
 def test_bundle_whose_name_is_no_text_can_be_printed(toy_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff")).symlink_to(toy_bundle)
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    command = [find_installed_command(), "inspect", b"\xff"]
+    command: list[str | bytes] = [find_installed_command(), "inspect", b"\xff"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].endswith(" \\udcff")

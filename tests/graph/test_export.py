@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from restyle_deploy.errors import ExportError
-from restyle_deploy.graph.export import Graph, encoder_graph, generator_graph, graph_specs
+from restyle_deploy.graph.export import Graph, encoder_graph, generator_graph
+from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.encoders import ENCODERS
 from restyle_deploy.models.restyle import RestyleModel
 from restyle_deploy.tensors import TensorSpec

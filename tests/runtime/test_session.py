@@ -16,7 +16,7 @@ from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, ShapeError, VerificationError
 from restyle_deploy.runtime import session as session_module
 from restyle_deploy.runtime.images import normalize_images, resize_image
-from restyle_deploy.runtime.session import LOOPS_KEPT
+from restyle_deploy.runtime.session import LARGEST_VALUE, LOOPS_KEPT
 from tests.fakes import FakeRunner, create_session, encode, expected_latents, generate
 from tests.pictures import picture
 
@@ -357,6 +357,18 @@ def test_images_that_are_not_finite_are_all_named(value: float) -> None:
     targets[1, 2, 3, 4] = targets[3, 0, 0, 0] = value
     with pytest.raises(ValueError, match="NaN or infinity in image 1, 3"):
         session.invert(targets)
+    assert not encoder.ran
+
+
+def test_float_images_of_another_range_are_refused() -> None:
+    session, encoder, _ = create_session()
+    overshooting = np.full((1, 3, 32, 32), -LARGEST_VALUE, np.float32)
+    session.invert(overshooting)
+    encoder.ran.clear()
+    for value in (255, -2):
+        overshooting[0, 1, 2, 3] = value
+        with pytest.raises(ValueError, match=rf"values up to {abs(value)}, expected \[-1, 1\]; pass 0\.\.255 as uint8"):
+            session.invert(overshooting)
     assert not encoder.ran
 
 
