@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def _as_float32(state_dict: Any, path: Path) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def _is_dense_tensor(value: Any) -> bool:
+def _is_dense_tensor(value: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided

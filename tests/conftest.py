@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine makes any single example slow.
+settings.register_profile("without deadline", deadline=None)
+settings.load_profile("without deadline")
 
 PROJECT_ROOT = Path(__file__).parents[1]
 

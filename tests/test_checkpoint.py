@@ -263,8 +263,9 @@ OFFICIAL = ModelConfig(
 
 def test_absent_options_mean_the_official_faces(tmp_path: Path) -> None:
     latent_avg = torch.zeros(18, 512)
-    for opts in ({}, {"opts": None}, {"opts": {}}, {"opts": {"output_size": None, "dataset_type": None}}):
-        torch.save({"state_dict": {}, "latent_avg": latent_avg, **opts}, tmp_path / "toy.pt")
+    entries: list[dict[str, Any]] = [{}, {"opts": None}, {"opts": {}}, {"opts": {"output_size": None}}]
+    for entry in [*entries, {"opts": {"dataset_type": None}}]:
+        torch.save({"state_dict": {}, "latent_avg": latent_avg, **entry}, tmp_path / "toy.pt")
         checkpoint = load_checkpoint(tmp_path / "toy.pt")
         assert checkpoint.config == config_from_options({}, mapping_layers=0, overrides={})
     assert config_from_options({}, mapping_layers=8, overrides={}) == OFFICIAL

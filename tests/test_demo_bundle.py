@@ -9,7 +9,8 @@ import pytest
 
 from restyle_deploy import Session
 from restyle_deploy.bundle import MANIFEST, open_bundle
-from restyle_deploy.runtime.images import find_images, load_images, normalize_images, uint8_from_images
+from restyle_deploy.runtime.images import normalize_images, uint8_from_images
+from restyle_deploy.runtime.inputs import find_images, load_images
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
 
 MAX_BYTES = 20_000_000

@@ -1,5 +1,6 @@
 """The official architecture in small, with random weights: what most tests run on."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +77,5 @@ def _weight(key: str, normal: Tensor, *, is_slope: bool) -> Tensor:
     if key.endswith("linear.weight"):
         return 0.2 * normal
     if normal.ndim >= 2:
-        return normal * (1.5 / normal[0].numel()) ** 0.5
+        return normal * math.sqrt(1.5 / normal[0].numel())
     return 1 + 0.1 * normal

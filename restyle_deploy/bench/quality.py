@@ -77,7 +77,7 @@ def measure_quality(images: NDArray[np.float32], targets: NDArray[np.float32]) -
     """Compare images with their targets.
 
     Args:
-        images: [N, 3, H, W] float32, about [-1, 1]; N at least 1. Larger images: `pool_images` first.
+        images: [N, 3, H, W] float32, about [-1, 1]; N at least 1. Larger images: `images.pool_images` first.
         targets: the same shape, in [-1, 1].
     Raises:
         ValueError: the shapes differ, or there is no image.
@@ -90,20 +90,6 @@ def measure_quality(images: NDArray[np.float32], targets: NDArray[np.float32]) -
     require_bench_libraries()
     pairs = zip(images.astype(np.float64), targets.astype(np.float64), strict=True)
     return Quality(per_image=tuple(_compare(image, target) for image, target in pairs))
-
-
-def pool_images(images: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Return block means: [..., H, W] float32 -> [..., h, w], as the loop pools an image for its next step.
-
-    Raises:
-        ValueError: H and W are no whole multiples of `shape` (h, w).
-    """
-    height, width = images.shape[-2:]
-    if height % shape[0] or width % shape[1]:
-        raise ValueError(f"images of {height}x{width} pixels are no whole multiple of {shape[0]}x{shape[1]}")
-    blocks = images.reshape(*images.shape[:-2], shape[0], height // shape[0], shape[1], width // shape[1])
-    pooled: NDArray[np.float32] = blocks.mean(axis=(-3, -1), dtype=np.float32)
-    return pooled
 
 
 def _compare(image: NDArray[np.float64], target: NDArray[np.float64]) -> ImageQuality:

@@ -13,7 +13,7 @@ from restyle_deploy.bench.charts import draw_charts, draw_strip
 from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bench.libraries import require_bench_libraries
 from restyle_deploy.bench.measure import Latency, measure_interleaved
-from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality, pool_images
+from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality
 from restyle_deploy.bench.report import (
     BundleFacts,
     NamedQuality,
@@ -26,7 +26,7 @@ from restyle_deploy.bench.report import (
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
+from restyle_deploy.runtime.images import normalize_images, pool_images, resize_image, uint8_from_images
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
 

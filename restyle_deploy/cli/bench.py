@@ -57,10 +57,10 @@ def bench(
     from restyle_deploy.bench.report import format_table
     from restyle_deploy.bench.run import REPORT_NAME, run_bench
     from restyle_deploy.errors import ImageError
-    from restyle_deploy.runtime.images import find_images, load_images
+    from restyle_deploy.runtime.inputs import find_images, load_images
     from restyle_deploy.runtime.session import Session
 
-    inputs = find_images(images)
+    inputs = find_images(images, output=output)
     with (
         Session.open(bundle, backend=backend, device=device, threads=threads) as session,
         tqdm(unit="step", file=sys.stderr, disable=None) as bar,

@@ -49,7 +49,7 @@ def invert(
     from tqdm import tqdm
 
     from restyle_deploy.runtime.folder import FolderOptions, invert_files
-    from restyle_deploy.runtime.images import find_images
+    from restyle_deploy.runtime.inputs import find_images
     from restyle_deploy.runtime.session import Session
 
     options = FolderOptions(
@@ -59,7 +59,7 @@ def invert(
         resized=resize,
         batch_size=batch_size,
     )
-    inputs = find_images(images)
+    inputs = find_images(images, output=output)
     with (
         Session.open(bundle, backend=backend, device=device, threads=threads) as session,
         tqdm(total=len(inputs), unit="image", file=sys.stderr, disable=None) as bar,
@@ -76,6 +76,7 @@ def invert(
         facts = {
             "output": str(output),
             "names": list(result.names),
+            "images": [str(path) for path in result.images],
             "latents": str(result.latents) if result.latents else None,
             "failures": [{"path": str(path), "reason": reason} for path, reason in result.failures],
         }

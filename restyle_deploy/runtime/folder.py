@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from restyle_deploy.errors import ImageError, VerificationError
 from restyle_deploy.files import replace_when_complete
-from restyle_deploy.runtime.images import ImageInput, load_image, resize_image, save_image, uint8_from_images
+from restyle_deploy.runtime.images import (
+    check_extension,
+    load_image,
+    pool_images,
+    resize_image,
+    save_image,
+    uint8_from_images,
+)
+from restyle_deploy.runtime.inputs import ImageInput
 from restyle_deploy.runtime.session import InversionResult, Session
 
 LATENTS_NAME = "latents.npz"
@@ -28,7 +36,8 @@ class FolderOptions:
         every_step: also write `step-<k>/<stem>.png` for each step k from 1, and keep each step's latents.
         official_layout: write as upstream does instead: `inference_results/<k>/<name>` for each step k from 0, and
             `latents.npy`, a pickled dict of name to a list of each step's [n_styles, style_dim].
-        resized: write images of the encoder's input size, as upstream's `--resize_outputs` does.
+        resized: write images of the encoder's input size, pooled before they become 8-bit, as upstream's
+            `--resize_outputs` does.
         batch_size: images of one run.
     """
 
@@ -46,9 +55,17 @@ class FolderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderResult:
-    """What was written: image and latent files, names of the inputs done, and (path, reason) of those that failed."""
+    """What was written.
+
+    Attributes:
+        names: names of the inputs done, as the latents have them.
+        images: image files.
+        latents: file with all latents; None when no input was done.
+        failures: (path, reason) of the inputs that failed.
+    """
 
     names: tuple[str, ...]
+    images: tuple[Path, ...]
     failures: tuple[tuple[Path, str], ...]
     latents: Path | None
 
@@ -69,7 +86,7 @@ def invert_files(
 
     Args:
         session: an open session.
-        inputs: from `images.find_images`.
+        inputs: from `inputs.find_images`.
         output: the folder; created when missing.
         options: see there.
         progress: called with the number of inputs that a batch has finished.
@@ -79,6 +96,7 @@ def invert_files(
         OSError: an output cannot be written.
     """
     _check_targets(inputs, output, options)
+    images: list[Path] = []
     latents: dict[str, NDArray[np.float32]] = {}
     failures: list[tuple[Path, str]] = []
 
@@ -86,26 +104,30 @@ def invert_files(
         failures.append((path, reason))
         report_failure(path, reason)
 
-    for first in range(0, len(inputs), options.batch_size):
-        batch = inputs[first : first + options.batch_size]
-        loaded = list(_load_targets(batch, session, fail))
-        for image_input, result in _invert_batch(session, loaded, options, fail):
-            try:
-                _write_images(image_input, result.images, output, session, options)
-            except ImageError as error:
-                fail(image_input.path, f"{image_input.path}: {error}")
-                continue
-            latents[_latent_name(image_input, options)] = result.latents
-        progress(len(batch))
-    path = _write_latents(latents, output, options) if latents else None
-    return FolderResult(names=tuple(latents), failures=tuple(failures), latents=path)
+    try:
+        for first in range(0, len(inputs), options.batch_size):
+            batch = inputs[first : first + options.batch_size]
+            loaded = list(_load_targets(batch, session, options, fail))
+            for image_input, result in _invert_batch(session, loaded, options, fail):
+                try:
+                    images += _write_images(image_input, result.images, output, session, options)
+                except ImageError as error:
+                    fail(image_input.path, f"{image_input.path}: {error}")
+                    continue
+                latents[_latent_name(image_input, options)] = result.latents
+            progress(len(batch))
+    finally:  # an interrupted run keeps the latents of the images that it wrote
+        path = _write_latents(latents, output, options) if latents else None
+    return FolderResult(names=tuple(latents), images=tuple(images), failures=tuple(failures), latents=path)
 
 
 def _load_targets(
-    batch: Sequence[ImageInput], session: Session, fail: Callable[[Path, str], None]
+    batch: Sequence[ImageInput], session: Session, options: FolderOptions, fail: Callable[[Path, str], None]
 ) -> Iterable[tuple[ImageInput, NDArray[np.uint8]]]:
     for image_input in batch:
         try:
+            if options.official_layout:
+                check_extension(image_input.path)
             yield image_input, resize_image(load_image(image_input.path), session.config.input_shape)
         except ImageError as error:
             fail(image_input.path, str(error))
@@ -161,16 +183,19 @@ def _check_targets(inputs: Sequence[ImageInput], output: Path, options: FolderOp
 
 def _write_images(
     image_input: ImageInput, images: NDArray[np.float32], output: Path, session: Session, options: FolderOptions
-) -> None:
+) -> list[Path]:
     """Write [kept, 3, R, R'] as the layout asks; raise `ImageError` where the input's name does not allow it."""
-    size = session.config.input_shape if options.resized else None
-    for path, step in _image_paths(image_input, output, options).items():
+    if options.resized:
+        images = pool_images(images, session.config.input_shape)
+    paths = _image_paths(image_input, output, options)
+    for path, step in paths.items():
         try:
-            save_image(path, uint8_from_images(images[step]), size=size)
+            save_image(path, uint8_from_images(images[step]))
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             raise ImageError(f"{path}: the name of the output would be too long; rename the input") from error
+    return list(paths)
 
 
 def _latent_name(image_input: ImageInput, options: FolderOptions) -> str:

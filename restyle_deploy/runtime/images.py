@@ -1,14 +1,11 @@
 """Image files <-> pixels, as the official code prepares and saves them. Every bad file becomes one `ImageError`."""
 
-import os
 import struct
 import threading
-import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +15,6 @@ from PIL import Image, UnidentifiedImageError
 from restyle_deploy.errors import ImageError
 from restyle_deploy.files import replace_when_complete
 
-# Upstream's utils/data_utils.py, and two that users have.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tiff", ".tif", ".webp")
 # Decoders that may be tried, whatever the file's name says; others (EPS) start programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 178_956_970
@@ -48,52 +43,6 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 _SILENCE = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageInput:
-    """An image file to process.
-
-    Attributes:
-        path: where it is read.
-        name: file name for outputs that keep the input's name, as upstream's do; unique in the list, whatever the case.
-        stem: name without extension, for outputs that get their own; unique likewise.
-    """
-
-    path: Path
-    name: str
-    stem: str
-
-
-def find_images(paths: Sequence[Path]) -> list[ImageInput]:
-    """Return the image files that are meant, in the order given; those of a folder sorted, with its subfolders.
-
-    Files are taken whatever their extension; in folders those with one of `EXTENSIONS` count, in any case, and hidden
-    files and folders are passed over. A file that is named twice is taken once. Where two names agree, both are
-    preceded by the folders that tell them apart: `a/x.jpg`, `b/x.jpg` become `a_x.jpg`, `b_x.jpg`. Where two stems
-    agree, the extension joins them: `x.jpg`, `x.png` have the stems `x_jpg`, `x_png`.
-
-    Raises:
-        ImageError: names every path that does not exist and every folder without images.
-    """
-    problems: list[str] = []
-    files: dict[Path, Path] = {}
-    for path in paths:
-        found = _images_in_folder(path) if path.is_dir() else [path]
-        if not path.exists():
-            problems.append(f"{path}: no such file or folder")
-        elif not found:
-            problems.append(f"{path}: no images in this folder ({' '.join(EXTENSIONS)})")
-        for file in found:
-            files.setdefault(file.resolve(), file)
-    if problems:
-        raise ImageError("; ".join(problems))
-    names = _distinct([_names_with_folders(file) for file in files.values()])
-    stems = _distinct([(Path(name).stem, name.replace(".", "_")) for name in names])
-    return [
-        ImageInput(path=path, name=name, stem=stem)
-        for path, name, stem in zip(files.values(), names, stems, strict=True)
-    ]
 
 
 def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -128,19 +77,6 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
-def load_images(
-    inputs: Sequence[ImageInput], shape: tuple[int, int]
-) -> tuple[list[tuple[str, NDArray[np.uint8]]], list[str]]:
-    """Return (stem, [H, W, 3] resized to `shape`) of the files that can be read, and the reason of each that cannot."""
-    loaded, failures = [], []
-    for image_input in inputs:
-        try:
-            loaded.append((image_input.stem, resize_image(load_image(image_input.path), shape)))
-        except ImageError as error:
-            failures.append(str(error))
-    return loaded, failures
-
-
 def resize_image(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize [H, W, 3] to exactly `shape` (height, width), without a crop; return `image` itself if it fits.
 
@@ -164,6 +100,20 @@ def normalize_images(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return normalized
 
 
+def pool_images(images: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Return block means: [..., H, W] float32 -> [..., h, w], as the loop pools an image for its next step.
+
+    Raises:
+        ValueError: H and W are no whole multiples of `shape` (h, w).
+    """
+    height, width = images.shape[-2:]
+    if height % shape[0] or width % shape[1]:
+        raise ValueError(f"images of {height}x{width} pixels are no whole multiple of {shape[0]}x{shape[1]}")
+    blocks = images.reshape(*images.shape[:-2], shape[0], height // shape[0], shape[1], width // shape[1])
+    pooled: NDArray[np.float32] = blocks.mean(axis=(-3, -1), dtype=np.float32)
+    return pooled
+
+
 def uint8_from_images(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return finite [..., 3, H, W] in [-1, 1] as contiguous [..., H, W, 3] in 0..255; clipped, then truncated.
 
@@ -173,77 +123,25 @@ def uint8_from_images(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.moveaxis(scaled.astype(np.uint8), -3, -1))
 
 
-def save_image(path: Path, image: NDArray[np.uint8], *, size: tuple[int, int] | None = None) -> None:
+def check_extension(path: Path) -> None:
+    """Raise `ImageError` unless images can be written under the path's extension."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ImageError(f"{path}: cannot write images with the extension {path.suffix!r}; use one of .png, .jpg")
+
+
+def save_image(path: Path, image: NDArray[np.uint8]) -> None:
     """Write [H, W, 3] in the format of the path's extension; the file appears once it is complete.
 
     Args:
         path: missing parent folders are created.
         image: 8-bit RGB.
-        size: (height, width) to resize to, as upstream's `--resize_outputs` does (bicubic).
     Raises:
         ImageError: the extension is not one that can be written.
         OSError: the file cannot be written.
     """
-    extensions = Image.registered_extensions()
-    if extensions.get(path.suffix.lower()) not in Image.SAVE:
-        raise ImageError(f"{path}: cannot write images with the extension {path.suffix!r}; use one of .png, .jpg")
-    picture = Image.fromarray(image)
-    if size is not None:
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    check_extension(path)
     with replace_when_complete(path) as temporary:
-        picture.save(temporary)
-
-
-def _images_in_folder(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for directory, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        candidates = (Path(directory, name) for name in names if not name.startswith("."))
-        found += [path for path in candidates if path.suffix.lower() in EXTENSIONS and path.is_file()]
-    return sorted(found, key=os.fspath)
-
-
-def _names_with_folders(file: Path) -> list[str]:
-    """Return the file's name after none, one, two... of its folders: `x.jpg`, `b_x.jpg`, `a_b_x.jpg`."""
-    absolute = Path(os.path.abspath(file))
-    parts = absolute.relative_to(absolute.anchor).parts
-    return ["_".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-
-
-def _distinct(candidates: Sequence[Sequence[str]]) -> list[str]:
-    """Return for each item its first candidate that no other item has.
-
-    Items whose candidates agree to the last one (upper and lower case do not count) are numbered.
-    """
-    levels = [0] * len(candidates)
-    while True:
-        labels = [names[level] for names, level in zip(candidates, levels, strict=True)]
-        groups: dict[str, list[int]] = {}
-        for i, label in enumerate(labels):
-            groups.setdefault(_caseless(label), []).append(i)
-        separable = [group for group in groups.values() if len({_caseless(candidates[i][-1]) for i in group}) > 1]
-        if not separable:
-            return _numbered(labels)
-        for i in (i for group in separable for i in group):
-            levels[i] = min(levels[i] + 1, len(candidates[i]) - 1)
-
-
-def _numbered(labels: Sequence[str]) -> list[str]:
-    taken = set(map(_caseless, labels))
-    seen: set[str] = set()
-    result: list[str] = []
-    for label in labels:
-        name, number = label, 1
-        while _caseless(name) in seen or (number > 1 and _caseless(name) in taken):
-            number += 1
-            name = f"{Path(label).stem}_{number}{Path(label).suffix}"
-        seen.add(_caseless(name))
-        result.append(name)
-    return result
-
-
-def _caseless(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+        Image.fromarray(image).save(temporary)
 
 
 @contextmanager

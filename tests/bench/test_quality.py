@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
-from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality, pool_images
+from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality
 from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.runtime.images import pool_images
 
 
 def random_images(*shape: int, seed: int = 0) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from restyle_deploy.models.generator import Generator, ModulatedConv2d, StyledConv, ToRGB
+from restyle_deploy.models.generator import Generator, MappingLayer, ModulatedConv2d, StyledConv, ToRGB
 from tests.toy import toy_model
 
 RELATIVE_TOLERANCE = 1e-4
@@ -53,10 +53,13 @@ def render_like_upstream(generator: Generator, latent: Tensor) -> Tensor:
     x = styled(generator.conv1, generator.input.input, latent[:, 0], generator.noises.get_buffer("noise_0"))
     image = to_image(generator.to_rgb1, x, latent[:, 1])
     for index, layer in enumerate(generator.convs):
+        assert isinstance(layer, StyledConv)
         x = styled(layer, x, latent[:, index + 1], generator.noises.get_buffer(f"noise_{index + 1}"))
         if index % 2:
             skip = functional.conv_transpose2d(image, fir_filter(3), stride=2, padding=1, groups=3)
-            image = skip + to_image(generator.to_rgbs[index // 2], x, latent[:, index + 2])
+            to_rgb = generator.to_rgbs[index // 2]
+            assert isinstance(to_rgb, ToRGB)
+            image = skip + to_image(to_rgb, x, latent[:, index + 2])
     return image
 
 
@@ -91,18 +94,20 @@ def test_tiny_styles_keep_the_epsilon_of_the_demodulation() -> None:
 
 @pytest.mark.parametrize("output_size", [32, 64, 128])
 def test_generator_renders_what_upstream_renders(output_size: int) -> None:
-    generator = toy_model(output_size=output_size).decoder
-    latent = torch.randn(3, generator.n_styles, 16, generator=torch.Generator().manual_seed(2))
+    model = toy_model(output_size=output_size)
+    generator = model.decoder
+    latent = torch.randn(3, model.config.n_styles, 16, generator=torch.Generator().manual_seed(2))
     image = generator(latent)
     assert image.shape == (3, 3, output_size, output_size)
     assert_relatively_close(image, render_like_upstream(generator, latent))
 
 
 def test_every_style_reaches_the_image() -> None:
-    generator = toy_model().decoder
-    latent = torch.zeros(1, generator.n_styles, 16)
+    model = toy_model()
+    generator = model.decoder
+    latent = torch.zeros(1, model.config.n_styles, 16)
     image = generator(latent)
-    for index in range(generator.n_styles):
+    for index in range(model.config.n_styles):
         changed = latent.clone()
         changed[0, index] += 1
         assert not torch.equal(generator(changed), image), f"style {index}"
@@ -124,6 +129,7 @@ def test_mapping_network_computes_styles_from_noise() -> None:
     z = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
     expected = z / torch.sqrt((z**2).mean(dim=1, keepdim=True) + 1e-8)
     for layer in list(generator.style)[1:]:
+        assert isinstance(layer, MappingLayer)
         expected = expected @ (layer.weight.T * 0.01 / math.sqrt(16)) + 0.01 * layer.bias
         expected = math.sqrt(2) * torch.where(expected > 0, expected, 0.2 * expected)
     torch.testing.assert_close(generator.style(z), expected)

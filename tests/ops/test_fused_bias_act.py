@@ -46,7 +46,7 @@ def test_onnx_function_is_the_reference(
     (found,) = _session(element_type, negative_slope, gain).run(None, {"x": x, "bias": bias})
     expected = fused_bias_act(torch.from_numpy(x), torch.from_numpy(bias), negative_slope=negative_slope, gain=gain)
     assert found.dtype == dtype
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=8 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=8 * float(np.finfo(dtype).eps))
 
 
 def _session(element_type: "TensorProto.DataType", negative_slope: float, gain: float) -> ort.InferenceSession:

@@ -15,7 +15,8 @@ from PIL import Image
 from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import ImageError, VerificationError
 from restyle_deploy.runtime.folder import FolderOptions, FolderResult, invert_files
-from restyle_deploy.runtime.images import ImageInput, find_images, load_image, resize_image, uint8_from_images
+from restyle_deploy.runtime.images import load_image, pool_images, resize_image, uint8_from_images
+from restyle_deploy.runtime.inputs import ImageInput, find_images
 from tests.pictures import write_bad_files, write_picture
 
 Invert = Callable[..., InversionResult]
@@ -71,7 +72,9 @@ def test_an_image_each_and_the_latents_are_written(session: Session, photos: Pat
     output = tmp_path / "new" / "out"
     result = run(session, photos, output)
     assert files_in(output) == {"a.png", "b.png", "c.png", "latents.npz"}
-    assert result == FolderResult(names=("a", "b", "c"), failures=(), latents=output / "latents.npz")
+    images = tuple(output / f"{name}.png" for name in "abc")
+    latents = output / "latents.npz"
+    assert result == FolderResult(names=("a", "b", "c"), images=images, failures=(), latents=latents)
     with np.load(output / "latents.npz", allow_pickle=False) as arrays:
         assert set(arrays.files) == {"names", "latents"}
         names, latents = arrays["names"].tolist(), arrays["latents"]
@@ -134,6 +137,14 @@ def test_resized_images_have_the_encoders_size(
     images = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".png", ".jpg")]
     assert images
     assert {pixels(path).shape for path in images} == {(*session.config.input_shape, 3)}
+
+
+def test_resized_images_are_pooled_before_they_become_bytes(session: Session, photos: Path, tmp_path: Path) -> None:
+    result = run(session, photos, tmp_path / "out", steps=3, resized=True)
+    assert result.images == tuple(tmp_path / "out" / f"{name}.png" for name in "abc")
+    image = expected_result(session, photos / "a.png").images[-1]
+    pooled = pool_images(image, session.config.input_shape)
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / "a.png"), uint8_from_images(pooled)[0])
 
 
 @pytest.mark.parametrize("layout", [{}, {"every_step": True}, {"official_layout": True}])
@@ -313,7 +324,7 @@ def test_nothing_is_written_where_all_fail(session: Session, tmp_path: Path) -> 
 
 def test_no_inputs_write_nothing(session: Session, tmp_path: Path) -> None:
     result = invert_files(session, [], tmp_path / "out", FolderOptions())
-    assert result == FolderResult(names=(), failures=(), latents=None)
+    assert result == FolderResult(names=(), images=(), failures=(), latents=None)
     assert not (tmp_path / "out").exists()
 
 
@@ -369,7 +380,7 @@ def test_interrupted_run_leaves_whole_files_only(
     monkeypatch.setattr(Image.Image, "save", save_the_first_only)
     with pytest.raises(type(error)):
         run(session, photos, tmp_path / "out")
-    assert files_in(tmp_path / "out") == {"a.png"}
+    assert files_in(tmp_path / "out") == {"a.png", "latents.npz"}
     assert pixels(tmp_path / "out" / "a.png").shape == (*session.config.image_shape, 3)
 
 
@@ -380,4 +391,6 @@ def test_interrupt_between_batches_leaves_whole_files_only(session: Session, pho
     inputs: list[ImageInput] = find_images([photos])
     with pytest.raises(KeyboardInterrupt):
         invert_files(session, inputs, tmp_path / "out", FolderOptions(steps=1, batch_size=2), progress=interrupt)
-    assert files_in(tmp_path / "out") == {"a.png", "b.png"}
+    assert files_in(tmp_path / "out") == {"a.png", "b.png", "latents.npz"}
+    with np.load(tmp_path / "out" / "latents.npz") as latents:
+        assert latents["names"].tolist() == ["a", "b"]

@@ -91,12 +91,6 @@ def test_format_follows_the_extension(tmp_path: Path) -> None:
             assert image.format == expected
 
 
-def test_saved_image_is_resized_as_upstream_does(tmp_path: Path) -> None:
-    save_image(tmp_path / "a.png", quarters(), size=(12, 16))
-    expected = np.asarray(Image.fromarray(quarters()).resize((16, 12)))
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), expected)
-
-
 @pytest.mark.parametrize("name", ["image", "image.npy", "image.txt"])
 def test_extension_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ImageError, match="cannot write images with the extension"):

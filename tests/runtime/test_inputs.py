@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from restyle_deploy.errors import ImageError
-from restyle_deploy.runtime.images import find_images
+from restyle_deploy.runtime.inputs import find_images
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -77,3 +77,13 @@ def test_missing_paths_and_folders_without_images_are_all_named(tmp_path: Path) 
     touch(tmp_path, "empty/notes.txt")
     with pytest.raises(ImageError, match=r"gone.*no such file.*; .*empty.*no images"):
         find_images([tmp_path / "gone.png", tmp_path / "empty"])
+
+
+def test_results_below_the_inputs_are_not_taken_for_inputs(tmp_path: Path) -> None:
+    for name in ("a.png", "out/a.png", "out/step-1/a.png", "kept/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    found = find_images([tmp_path], output=tmp_path / "out")
+    assert [image_input.path for image_input in found] == [tmp_path / "a.png", tmp_path / "kept" / "b.png"]
+    assert len(find_images([tmp_path])) == 4
+    assert len(find_images([tmp_path / "out"], output=tmp_path / "out")) == 2
