@@ -20,7 +20,10 @@ GRAPHS = ("encoder", "generator")
 LATENT_AVG = "latent_avg.npy"
 AVERAGE_IMAGE = "average_image.npy"
 EXPECTATION = "expectation.npz"
+ENGINES = "engines"
 _ARRAYS = (LATENT_AVG, AVERAGE_IMAGE, EXPECTATION)
+# All that lies in a bundle's directory.
+FILES = frozenset({MANIFEST, ENGINES, *_ARRAYS, *(f"{name}.onnx" for name in GRAPHS)})
 _SIZES = ("output_size", "input_size", "style_dim", "mapping_layers")
 
 Value = TypeVar("Value")

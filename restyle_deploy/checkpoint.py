@@ -15,6 +15,7 @@ from restyle_deploy.errors import CheckpointError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.model_config import (
     OFFICIAL_INPUT_SIZE,
+    OFFICIAL_MAPPING_LAYERS,
     OFFICIAL_STYLE_DIM,
     OFFICIAL_WIDTHS,
     ModelConfig,
@@ -68,10 +69,11 @@ def load_checkpoint(path: Path, *, overrides: Mapping[str, Any] | None = None) -
             "expected a checkpoint of the official training code"
         )
     state_dict = _as_float32(content["state_dict"], path)
-    mapping_layers = sum(key.startswith("decoder.style.") and key.endswith(".weight") for key in state_dict)
     options = {} if content.get("opts") is None else content["opts"]
     if not isinstance(options, Mapping):
         raise CheckpointError(f"{path}: `opts` is a {type(options).__name__}, expected a dict")
+    has_mapping = any(key.startswith("decoder.style.") for key in state_dict)
+    mapping_layers = options.get("mapping_layers", OFFICIAL_MAPPING_LAYERS) if has_mapping else 0
     try:
         config = config_from_options(options, mapping_layers=mapping_layers, overrides=overrides or {})
     except CheckpointError as error:
@@ -94,7 +96,7 @@ def config_from_options(
     Args:
         options: the checkpoint's `opts`; of the official ones `encoder_type`, `output_size` and `dataset_type` count,
             and any field of `ModelConfig` may be given for a model of another size.
-        mapping_layers: layers of the mapping network in the state dict; 0 when it is absent.
+        mapping_layers: layers of the mapping network; 0 when the state dict has none of it.
         overrides: fields of `ModelConfig` that win.
     Raises:
         CheckpointError: names every impossible or unknown value at once.

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
-from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, MANIFEST, write_manifest
+from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, FILES, LATENT_AVG, MANIFEST, write_manifest
 from restyle_deploy.checkpoint import load_checkpoint
 from restyle_deploy.errors import CheckpointError, ExportError
 from restyle_deploy.files import replace_directory_when_complete
 from restyle_deploy.graph.export import encoder_graph, generator_graph
 from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
-from restyle_deploy.runtime.session import Session, targets_from_images
+from restyle_deploy.runtime.session import InversionResult, Session, targets_from_images
 from restyle_deploy.verify import (
     STEPS,
     Expectation,
     Parity,
     check_parity,
-    compare_with_expectation,
+    compare_with_reference,
     create_inputs,
-    load_expectation,
     reduce_images,
     save_expectation,
 )
@@ -74,13 +74,15 @@ def export_checkpoint(
             progress(f"exporting the {name}")
             onnx.save(export(model).model, directory / f"{name}.onnx")
         progress(f"running the reference model for {STEPS} steps")
-        _write_arrays(model, directory)
+        inputs = create_inputs(config)
+        reference = _invert_with_model(model, inputs)
+        _write_arrays(model, inputs, reference, directory)
         del model
         specs = graph_specs(config)
         write_manifest(directory, config=config, checkpoint_sha256=sha256, specs=specs, verification={})
         progress(f"running the graphs for {STEPS} steps")
         with Session.open(directory, backend=VERIFICATION_BACKEND) as session:
-            parity = compare_with_expectation(session, load_expectation(directory / EXPECTATION))
+            parity = compare_with_reference(session, inputs, reference)
             description = session.describe()
         check_parity(parity, checkpoint_path.name)
         record = {**parity.as_json(), "steps": STEPS, "reference": f"torch {torch.__version__}", **description}
@@ -109,20 +111,26 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"{output}: exists already; add --overwrite to replace it, or choose another name")
-    if not (output / MANIFEST).is_file():  # a damaged bundle may be replaced, anything else may not
-        raise ExportError(f"{output}: is no bundle ({MANIFEST} is missing) and is not replaced; choose another name")
+    foreign = sorted({path.name for path in output.iterdir()} - FILES) if output.is_dir() else [output.name]
+    if foreign or not (output / MANIFEST).is_file():  # a damaged bundle may be replaced, anything else may not
+        raise ExportError(
+            f"{output}: is no bundle (it holds {', '.join(foreign) or f'no {MANIFEST}'}) and is not replaced; "
+            "choose another name"
+        )
 
 
-def _write_arrays(model: RestyleModel, directory: Path) -> None:
+def _invert_with_model(model: RestyleModel, inputs: NDArray[np.uint8]) -> InversionResult:
+    """Return every step of the torch model for the inputs."""
+    results = model.invert(torch.from_numpy(targets_from_images(inputs, model.config)), steps=STEPS)
+    return InversionResult(
+        images=np.stack([result.image.numpy() for result in results]),
+        latents=np.stack([result.latent.numpy() for result in results]),
+    )
+
+
+def _write_arrays(model: RestyleModel, inputs: NDArray[np.uint8], reference: InversionResult, directory: Path) -> None:
     np.save(directory / LATENT_AVG, model.latent_avg.numpy())
     np.save(directory / AVERAGE_IMAGE, model.average_image().numpy())
-    inputs = create_inputs(model.config)
-    results = model.invert(torch.from_numpy(targets_from_images(inputs, model.config)), steps=STEPS)
-    reduced = [reduce_images(result.image.numpy()) for result in results]
-    expectation = Expectation(
-        inputs=inputs,
-        latents=np.stack([result.latent.numpy() for result in results]),
-        images_pooled=np.stack([pooled for pooled, _ in reduced]),
-        images_crop=np.stack([crop for _, crop in reduced]),
-    )
+    pooled, crop = reduce_images(reference.images)
+    expectation = Expectation(inputs=inputs, latents=reference.latents, images_pooled=pooled, images_crop=crop)
     save_expectation(directory / EXPECTATION, expectation)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import resize_image
-from restyle_deploy.runtime.session import Session
+from restyle_deploy.runtime.session import InversionResult, Session
 
 STEPS = 3
 # Two images, so that a batch that was frozen at one, or mixed up, is noticed.
@@ -117,12 +117,28 @@ def compare_with_expectation(session: Session, expectation: Expectation) -> Pari
     """
     result = session.invert(expectation.inputs, steps=expectation.steps, every_step=True)
     pooled, crop = reduce_images(result.images)
-    image_errors = np.maximum(
-        _largest_per_step(pooled, expectation.images_pooled), _largest_per_step(crop, expectation.images_crop)
+    image_errors = map(
+        max, _largest_per_step(pooled, expectation.images_pooled), _largest_per_step(crop, expectation.images_crop)
     )
     return Parity(
-        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents).tolist()),
-        image_errors=tuple(image_errors.tolist()),
+        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents)), image_errors=tuple(image_errors)
+    )
+
+
+def compare_with_reference(session: Session, inputs: NDArray[np.uint8], reference: InversionResult) -> Parity:
+    """Invert the inputs and return the largest differences from a reference's whole images and latents, every step.
+
+    Args:
+        session: an open session.
+        inputs: uint8 [N, H, W, 3].
+        reference: with a leading steps axis.
+    Raises:
+        VerificationError: the session gave NaN or infinity.
+    """
+    result = session.invert(inputs, steps=len(reference.latents), every_step=True)
+    return Parity(
+        latent_errors=tuple(_largest_per_step(result.latents, reference.latents)),
+        image_errors=tuple(_largest_per_step(result.images, reference.images)),
     )
 
 
@@ -149,11 +165,9 @@ def verify_bundle(directory: Path, *, backend: str, device: str, threads: int | 
         return compare_with_expectation(session, load_expectation(session.bundle.expectation))
 
 
-def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> list[float]:
     if found.shape != expected.shape:
         raise VerificationError(
             f"got results of {list(found.shape)}, the expectation holds {list(expected.shape)}; export the bundle again"
         )
-    difference = np.abs(found.astype(np.float64) - expected)
-    largest: NDArray[np.float64] = difference.reshape(len(difference), -1).max(axis=1)
-    return largest
+    return [float(np.abs(step - expected_step).max()) for step, expected_step in zip(found, expected, strict=True)]

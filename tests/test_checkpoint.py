@@ -17,6 +17,7 @@ from restyle_deploy.checkpoint import Checkpoint, config_from_options, load_chec
 from restyle_deploy.errors import CheckpointError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.model_config import ModelConfig, official_generator_channels
+from restyle_deploy.models.restyle import model_from_checkpoint
 from tests.toy import toy_checkpoint_content, toy_options
 
 NOT_A_CHECKPOINT = "not a torch checkpoint, or damaged"
@@ -298,8 +299,22 @@ def test_overrides_win(toy_checkpoint: Path) -> None:
     assert config.style_dim == 16
 
 
-def test_the_number_of_mapping_layers_is_counted_not_announced() -> None:
-    assert config_from(mapping_layers=8).mapping_layers == 2
+def test_mapping_network_may_only_be_absent_as_a_whole(tmp_path: Path) -> None:
+    def remove(content: dict[str, Any], beginning: str) -> None:
+        for key in [key for key in content["state_dict"] if key.startswith(beginning)]:
+            del content["state_dict"][key]
+
+    without = load_after(lambda content: remove(content, "decoder.style."), tmp_path)
+    assert without.config.mapping_layers == 0
+    model_from_checkpoint(without)
+    truncated = load_after(lambda content: remove(content, "decoder.style.2."), tmp_path)
+    with pytest.raises(CheckpointError, match=r"2 missing: decoder\.style\.2\.weight, decoder\.style\.2\.bias"):
+        model_from_checkpoint(truncated)
+
+
+def test_official_mapping_network_has_eight_layers(tmp_path: Path) -> None:
+    checkpoint = load_after(lambda content: content["opts"].pop("mapping_layers"), tmp_path)
+    assert checkpoint.config.mapping_layers == 8
 
 
 def test_channels_may_be_keyed_by_text() -> None:

@@ -152,15 +152,17 @@ def test_a_bundle_is_not_replaced_unasked(toy_checkpoint: Path, toy_bundle: Path
     assert (toy_bundle / "manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("kind", ["file", "empty directory", "other directory"])
+@pytest.mark.parametrize("kind", ["file", "empty directory", "other directory", "directory with another manifest"])
 def test_what_is_no_bundle_is_never_replaced(kind: str, toy_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     if kind == "file":
         output.write_text("text")
     else:
         output.mkdir()
-        if kind == "other directory":
+        if kind != "empty directory":
             (output / "letter.txt").write_text("text")
+        if kind == "directory with another manifest":
+            (output / "manifest.json").write_text("{}")
     with pytest.raises(ExportError, match="is no bundle .* and is not replaced"):
         export_checkpoint(toy_checkpoint, output, overwrite=True)
     left = output if kind == "file" else output / "letter.txt"

@@ -51,7 +51,8 @@ def toy_checkpoint_content(
     """Return what an official checkpoint file of a toy model holds."""
     model = toy_model(mapping_layers=mapping_layers, seed=seed, **options)
     state_dict = dict(model.state_dict())
-    return {"state_dict": state_dict, "latent_avg": model.latent_avg, "opts": toy_options(**options)}
+    given = {**toy_options(**options), "mapping_layers": mapping_layers}
+    return {"state_dict": state_dict, "latent_avg": model.latent_avg, "opts": given}
 
 
 def write_toy_checkpoint(path: Path, **options: Any) -> Path:
