@@ -1,5 +1,6 @@
 """Files and directories that appear under their final name only once they are complete, and the hash of a file."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -71,8 +72,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if target.is_dir() and overwrite:
         return
     if target.exists():
-        kind = "directory" if target.is_dir() else "file"
-        raise FileExistsError(f"{target}: this {kind} exists already and is not replaced")
+        raise FileExistsError(errno.EEXIST, "exists already and is not replaced", str(target))
 
 
 def _rename_directory(source: Path, target: Path) -> None:

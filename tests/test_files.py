@@ -104,7 +104,7 @@ def test_directory_error_leaves_nothing(tmp_path: Path) -> None:
 def test_existing_directory_is_kept_unless_told(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()
-    with pytest.raises(FileExistsError, match="directory exists already"), replace_directory_when_complete(target):
+    with pytest.raises(FileExistsError, match="exists already"), replace_directory_when_complete(target):
         pytest.fail("the check comes before the work")
     assert names_in(tmp_path) == ["bundle"]
 
@@ -131,7 +131,7 @@ def test_file_in_place_of_the_directory_is_never_replaced(tmp_path: Path) -> Non
     (tmp_path / "bundle").write_text("mine")
     target = tmp_path / "bundle"
     with (
-        pytest.raises(FileExistsError, match="file exists already"),
+        pytest.raises(FileExistsError, match="exists already"),
         replace_directory_when_complete(target, overwrite=True),
     ):
         pytest.fail("the check comes before the work")

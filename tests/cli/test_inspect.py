@@ -27,12 +27,15 @@ def test_json_describes_the_graphs(run: Run, toy_bundle: Path) -> None:
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
     config = open_bundle(toy_bundle).config
-    latent = f"latent float32 [N, {config.n_styles}, {config.style_dim}]"
-    image = f"image float32 [N, 3, {config.image_shape[0]}, {config.image_shape[1]}]"
+    latent = {"name": "latent", "dtype": "float32", "shape": ["N", config.n_styles, config.style_dim]}
+    image = {"name": "image", "dtype": "float32", "shape": ["N", 3, *config.image_shape]}
+    assert facts["format_version"] == 1
+    assert facts["model"]["encoder_type"] == config.encoder_type
+    assert facts["model"]["encoder_widths"] == list(config.encoder_widths)
     assert latent in facts["graphs"]["encoder"]["inputs"]
     assert facts["graphs"]["generator"]["inputs"] == [latent]
     assert facts["graphs"]["generator"]["outputs"][0] == image
     assert facts["graphs"]["encoder"]["file"] == "encoder.onnx"
-    assert facts["graphs"]["encoder"]["megabytes"] > 0
+    assert facts["graphs"]["encoder"]["bytes"] == (toy_bundle / "encoder.onnx").stat().st_size
     assert facts["engines"] == []
     assert facts["verification"] == json.loads((toy_bundle / "manifest.json").read_text())["verification"]
