@@ -78,22 +78,20 @@ def test_all_problems_with_the_weights_are_in_one_message(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("removed", "problems"),
+    ("removed", "problem"),
     [
-        ("decoder.style.2.", ["missing: decoder.style.2.weight, decoder.style.2.bias", "unexpected: decoder.style.3."]),
-        ("decoder.style.1.weight", ["missing: decoder.style.1.weight", "unexpected: decoder.style.3."]),
-        ("decoder.style.3.bias", ["1 missing: decoder.style.3.bias"]),
-        ("decoder.to_rgb1.bias", ["1 missing: decoder.to_rgb1.bias"]),
+        ("decoder.style.2.", "2 missing: decoder.style.2.weight, decoder.style.2.bias"),
+        ("decoder.style.1.weight", "1 missing: decoder.style.1.weight"),
+        ("decoder.style.3.bias", "1 missing: decoder.style.3.bias"),
+        ("decoder.to_rgb1.bias", "1 missing: decoder.to_rgb1.bias"),
     ],
 )
-def test_a_hole_in_the_weights_is_named(removed: str, problems: list[str], tmp_path: Path) -> None:
+def test_a_hole_in_the_weights_is_named(removed: str, problem: str, tmp_path: Path) -> None:
     def damage(weights: dict[str, Tensor]) -> None:
         for key in [key for key in weights if key.startswith(removed)]:
             del weights[key]
 
-    message = problems_after(damage, tmp_path, mapping_layers=3)
-    for problem in problems:
-        assert problem in message
+    assert problems_after(damage, tmp_path, mapping_layers=3).endswith(f"; {problem}")
 
 
 def problems_after(damage: Callable[[dict[str, Tensor]], None], directory: Path, **options: Any) -> str:
