@@ -14,7 +14,11 @@ from restyle_deploy.cli.options import bundle_argument, images_argument, json_op
 @images_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Refinement steps.")
-@click.option("--every-step", is_flag=True, help="Also write each step, as step-<k>/<name>.png.")
+@click.option(
+    "--every-step",
+    is_flag=True,
+    help="Also write each step, as step-<k>/<name>.png; the official layout always has them.",
+)
 @click.option(
     "--official-layout",
     is_flag=True,

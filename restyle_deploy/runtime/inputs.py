@@ -41,7 +41,7 @@ def find_images(paths: Sequence[Path], *, output: Path | None = None) -> list[Im
     agree, the extension joins them: `x.jpg`, `x.png` have the stems `x_jpg`, `x_png`.
 
     Raises:
-        ImageError: names every path that does not exist and every folder without images.
+        ImageError: names every path that does not exist and every folder without images; or a folder cannot be read.
     """
     problems: list[str] = []
     files: dict[Path, Path] = {}
@@ -79,13 +79,17 @@ def load_images(
 def _images_in_folder(folder: Path, output: Path | None) -> list[Path]:
     found: list[Path] = []
     left_out = output.resolve() if output else None
-    for directory, subfolders, names in os.walk(folder):
+    for directory, subfolders, names in os.walk(folder, onerror=_refuse):
         subfolders[:] = [
             name for name in subfolders if not name.startswith(".") and Path(directory, name).resolve() != left_out
         ]
         candidates = (Path(directory, name) for name in names if not name.startswith("."))
         found += [path for path in candidates if path.suffix.lower() in EXTENSIONS and path.is_file()]
     return sorted(found, key=os.fspath)
+
+
+def _refuse(error: OSError) -> None:
+    raise ImageError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
 
 
 def _names_with_folders(file: Path) -> list[str]:

@@ -1,6 +1,9 @@
 """Which files are taken as inputs, and how their outputs are named."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -87,3 +90,18 @@ def test_results_below_the_inputs_are_not_taken_for_inputs(tmp_path: Path) -> No
     assert [image_input.path for image_input in found] == [tmp_path / "a.png", tmp_path / "kept" / "b.png"]
     assert len(find_images([tmp_path])) == 4
     assert len(find_images([tmp_path / "out"], output=tmp_path / "out")) == 2
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.png").touch()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ImageError, match="closed: this folder cannot be read: Permission denied"):
+        find_images([tmp_path])
