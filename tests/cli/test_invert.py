@@ -103,6 +103,7 @@ def test_json_tells_all(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path
     assert json.loads(result.stdout) == {
         "output": str(tmp_path / "out"),
         "names": ["a", "b"],
+        "images": [str(tmp_path / "out" / "a.png"), str(tmp_path / "out" / "b.png")],
         "latents": str(tmp_path / "out" / "latents.npz"),
         "failures": [{"path": str(photos / "c.png"), "reason": f"{photos / 'c.png'}: empty file"}],
     }
@@ -168,7 +169,7 @@ def test_interrupt_leaves_whole_files_only(
     result = run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--steps", 1)
     assert result.exit_code == 1
     assert "Aborted!" in result.stderr
-    assert files_in(tmp_path / "out") == {"a.png"}
+    assert files_in(tmp_path / "out") == {"a.png", "latents.npz"}
 
 
 def test_changed_bundle_is_refused(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
