@@ -95,22 +95,13 @@ def open_bundle(directory: str | Path) -> Bundle:
         ) from error
 
 
-def write_manifest(
-    directory: Path,
-    *,
-    config: ModelConfig,
-    checkpoint_sha256: str,
-    specs: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]],
-    verification: Mapping[str, Any],
-) -> None:
+def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: str) -> None:
     """Describe the files that lie in `directory`: `encoder.onnx`, `generator.onnx` and the arrays.
 
     Args:
-        directory: a bundle in the making; its manifest is written or replaced.
+        directory: a bundle in the making; its manifest is written or replaced, without a verification.
         config: the architecture.
         checkpoint_sha256: of the checkpoint.
-        specs: (inputs, outputs) of each graph.
-        verification: what the export measured; empty before it did.
     """
     graphs = {
         name: {
@@ -118,7 +109,7 @@ def write_manifest(
             "inputs": [asdict(spec) for spec in inputs],
             "outputs": [asdict(spec) for spec in outputs],
         }
-        for name, (inputs, outputs) in specs.items()
+        for name, (inputs, outputs) in graph_specs(config).items()
     }
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -127,9 +118,18 @@ def write_manifest(
         "graphs": graphs,
         "arrays": {name: _record_of_file(directory, name) for name in _ARRAYS},
         "engines": [],
-        "verification": dict(verification),
+        "verification": {},
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _write_json(directory / MANIFEST, manifest)
+
+
+def write_verification(directory: Path, verification: Mapping[str, Any]) -> None:
+    """Add to a manifest what the export measured; the files are not hashed again."""
+    _write_json(directory / MANIFEST, {**_read_manifest(directory), "verification": dict(verification)})
+
+
+def _write_json(path: Path, manifest: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -10,12 +10,19 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, FILES, LATENT_AVG, MANIFEST, write_manifest
+from restyle_deploy.bundle import (
+    AVERAGE_IMAGE,
+    EXPECTATION,
+    FILES,
+    LATENT_AVG,
+    MANIFEST,
+    write_manifest,
+    write_verification,
+)
 from restyle_deploy.checkpoint import load_checkpoint
 from restyle_deploy.errors import CheckpointError, ExportError
 from restyle_deploy.files import replace_directory_when_complete
 from restyle_deploy.graph.export import encoder_graph, generator_graph
-from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
 from restyle_deploy.runtime.session import InversionResult, Session, targets_from_images
 from restyle_deploy.verify import (
@@ -78,15 +85,14 @@ def export_checkpoint(
         reference = _invert_with_model(model, inputs)
         _write_arrays(model, inputs, reference, directory)
         del model
-        specs = graph_specs(config)
-        write_manifest(directory, config=config, checkpoint_sha256=sha256, specs=specs, verification={})
+        write_manifest(directory, config=config, checkpoint_sha256=sha256)
         progress(f"running the graphs for {STEPS} steps")
         with Session.open(directory, backend=VERIFICATION_BACKEND) as session:
             parity = compare_with_reference(session, inputs, reference)
             description = session.describe()
         check_parity(parity, checkpoint_path.name)
         record = {**parity.as_json(), "steps": STEPS, "reference": f"torch {torch.__version__}", **description}
-        write_manifest(directory, config=config, checkpoint_sha256=sha256, specs=specs, verification=record)
+        write_verification(directory, record)
     return parity
 
 

@@ -39,6 +39,6 @@ class TensorSpec:
                 f"expected contiguous {self.dtype} {list(expected)}"
             )
 
-    def allocate(self, batch: int) -> NDArray[Any]:
-        """Return a zeroed array of this dtype and shape, owned by the caller."""
-        return np.zeros(self.concrete_shape(batch), self.dtype)
+    def allocate(self, batch: int, *, leading: tuple[int, ...] = ()) -> NDArray[Any]:
+        """Return a zeroed array of this dtype and shape after the `leading` sizes, owned by the caller."""
+        return np.zeros((*leading, *self.concrete_shape(batch)), self.dtype)

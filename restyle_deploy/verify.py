@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.images import resize_image
+from restyle_deploy.runtime.images import pool_images, resize_image
 from restyle_deploy.runtime.session import InversionResult, Session
 
 STEPS = 3
@@ -79,10 +79,9 @@ def reduce_images(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDA
     """Return (block means at most 64 px wide, 32×32 centre) of [..., H, W] images."""
     height, width = images.shape[-2:]
     factor = max(1, width // POOLED_WIDTH)
-    blocks = images.reshape(*images.shape[:-2], height // factor, factor, width // factor, factor)
     top, left = (max(0, (size - CROP_SIZE) // 2) for size in (height, width))
     crop = images[..., top : top + CROP_SIZE, left : left + CROP_SIZE]
-    return blocks.mean(axis=(-3, -1), dtype=np.float64).astype(np.float32), np.ascontiguousarray(crop)
+    return pool_images(images, (height // factor, width // factor)), np.ascontiguousarray(crop)
 
 
 def save_expectation(path: Path, expectation: Expectation) -> None:

@@ -18,6 +18,7 @@ from restyle_deploy.bundle import (
     MANIFEST,
     open_bundle,
     write_manifest,
+    write_verification,
 )
 from restyle_deploy.errors import BundleError
 from restyle_deploy.files import sha256_of_file
@@ -58,9 +59,9 @@ def test_bundle_is_read(toy_bundle: Path) -> None:
 def test_manifest_is_read_as_it_was_written(bundle: Path) -> None:
     before = open_bundle(bundle)
     config = replace(before.config, encoder_units=(1, 2, 3, 4), mapping_layers=0, encoder_type="GradualStyleEncoder")
-    write_manifest(
-        bundle, config=config, checkpoint_sha256="ab" * 32, specs=graph_specs(config), verification={"steps": 7}
-    )
+    write_manifest(bundle, config=config, checkpoint_sha256="ab" * 32)
+    assert open_bundle(bundle).verification == {}
+    write_verification(bundle, {"steps": 7})
     after = open_bundle(bundle)
     assert after.config == config
     assert asdict(after.config) == asdict(config)

@@ -17,7 +17,6 @@ from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.errors import ShapeError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import normalize_images, resize_image
-from restyle_deploy.tensors import TensorSpec
 
 DEFAULT_MAX_BATCH = 8
 # Loops kept bound, each with its buffers: one for full batches, one for what remains.
@@ -173,8 +172,8 @@ class _Loop:
         self._bundle = bundle
         specs = {spec.name: spec for graph in bundle.graphs.values() for spec in graph.inputs + graph.outputs}
         self._target, self._current = specs["target"].allocate(batch), specs["current"].allocate(batch)
-        self.images = _allocate(max(1, steps_kept), specs["image"], batch)
-        self._latents = _allocate(max(2, steps_kept + 1), specs["latent"], batch)
+        self.images = specs["image"].allocate(batch, leading=(max(1, steps_kept),))
+        self._latents = specs["latent"].allocate(batch, leading=(max(2, steps_kept + 1),))
         self._steps_kept = steps_kept
         self._runs: list[Callable[[], None]] = []
         for step in range(max(2, steps_kept)):
@@ -198,10 +197,6 @@ class _Loop:
             return self._latents[1:]
         last = steps % 2
         return self._latents[last : last + 1]
-
-
-def _allocate(count: int, spec: TensorSpec, batch: int) -> NDArray[np.float32]:
-    return np.zeros((count, *spec.concrete_shape(batch)), spec.dtype)
 
 
 def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np.float32]:
