@@ -1,18 +1,21 @@
 """A directory with `manifest.json` <-> `Bundle`. This module owns the format and its version."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.engines import ENGINES, engine_as_json, engine_from_json
+from restyle_deploy.engines import EngineRecord as EngineRecord  # a bundle's records are part of its module
+from restyle_deploy.engines import GraphRecord as GraphRecord
 from restyle_deploy.errors import BundleError
-from restyle_deploy.files import sha256_of_file
+from restyle_deploy.files import replace_when_complete, sha256_of_file
+from restyle_deploy.manifest import check_hashes, path_inside, specs_from_json, typed
 from restyle_deploy.model_config import ModelConfig, graph_specs
-from restyle_deploy.tensors import TensorSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -20,23 +23,11 @@ GRAPHS = ("encoder", "generator")
 LATENT_AVG = "latent_avg.npy"
 AVERAGE_IMAGE = "average_image.npy"
 EXPECTATION = "expectation.npz"
-ENGINES = "engines"
 _ARRAYS = (LATENT_AVG, AVERAGE_IMAGE, EXPECTATION)
 # All that lies in a bundle's directory.
 FILES = frozenset({MANIFEST, ENGINES, *_ARRAYS, *(f"{name}.onnx" for name in GRAPHS)})
 _SIZES = ("output_size", "input_size", "style_dim", "mapping_layers")
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphRecord:
-    """A graph of a bundle: its file, the file's hash, and its border."""
-
-    path: Path
-    sha256: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+_EXPORT_AGAIN = "export the bundle again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +53,123 @@ class Bundle:
     latent_avg: NDArray[np.float32]
     average_image: NDArray[np.float32]
     expectation: Path
-    engines: tuple[Mapping[str, Any], ...]
+    engines: tuple[EngineRecord, ...]
     verification: Mapping[str, Any]
 
 
 def open_bundle(directory: str | Path) -> Bundle:
-    """Read a bundle and check every file of it against its hash.
+    """Read a bundle and check all but its engines against the hashes.
 
     Raises:
-        BundleError: no bundle, an unknown format, a missing or changed file, or one outside the directory.
+        BundleError: see `read_bundle` and `check_graphs`.
+    """
+    bundle = read_bundle(directory)
+    check_graphs(bundle)
+    return bundle
+
+
+def read_bundle(directory: str | Path) -> Bundle:
+    """Read a bundle; its arrays are checked against their hashes, its graphs and engines are not.
+
+    Raises:
+        BundleError: no bundle, an unknown format, a damaged manifest, a missing or changed array, or a path that
+            leaves the directory.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
     try:
         config = _config_from_json(manifest["model"])
+        arrays = {name: _file_from_json(directory, manifest["arrays"][name]) for name in _ARRAYS}
         graphs = {name: _graph_from_json(directory, name, manifest["graphs"][name], config) for name in GRAPHS}
-        arrays = {name: _check_file(directory, manifest["arrays"][name]) for name in _ARRAYS}
+        engines = tuple(engine_from_json(directory, record, config) for record in typed(manifest, "engines", list))
+        if len({engine.key for engine in engines}) < len(engines):
+            raise ValueError("two engines for one backend, device and precision")
+        check_hashes(dict(arrays.values()), since="export", mend=_EXPORT_AGAIN)
         return Bundle(
             path=directory,
             config=config,
-            checkpoint_sha256=_typed(manifest, "checkpoint_sha256", str),
+            checkpoint_sha256=typed(manifest, "checkpoint_sha256", str),
             graphs=graphs,
-            latent_avg=_load_array(arrays[LATENT_AVG], (config.n_styles, config.style_dim)),
-            average_image=_load_array(arrays[AVERAGE_IMAGE], (3, *config.input_shape)),
-            expectation=arrays[EXPECTATION],
-            engines=tuple(dict(engine) for engine in _typed(manifest, "engines", list)),
-            verification=_typed(manifest, "verification", dict),
+            latent_avg=_load_array(arrays[LATENT_AVG][0], (config.n_styles, config.style_dim)),
+            average_image=_load_array(arrays[AVERAGE_IMAGE][0], (3, *config.input_shape)),
+            expectation=arrays[EXPECTATION][0],
+            engines=engines,
+            verification=typed(manifest, "verification", dict),
         )
     except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
         raise BundleError(
-            f"{directory / MANIFEST}: damaged ({type(error).__name__}: {error}); export the bundle again"
+            f"{directory / MANIFEST}: damaged ({type(error).__name__}: {error}); {_EXPORT_AGAIN}"
         ) from error
+
+
+def check_graphs(bundle: Bundle) -> None:
+    """Check the exported graphs against their hashes.
+
+    Raises:
+        BundleError: one is missing or has changed.
+    """
+    expected = {graph.path: graph.sha256 for graph in bundle.graphs.values()}
+    check_hashes(expected, since="export", mend=_EXPORT_AGAIN)
+
+
+def find_engine(bundle: Bundle, *, backend: str, device: str, precision: str) -> EngineRecord | None:
+    """Return the bundle's engine for these, if it has one; `check_engine` tells whether it can be used."""
+    return {engine.key: engine for engine in bundle.engines}.get((backend, device, precision))
+
+
+def check_engine(
+    bundle: Bundle,
+    engine: EngineRecord,
+    *,
+    library_versions: Mapping[str, str],
+    processor: str,
+    roles: Collection[str] | None = None,
+) -> None:
+    """Check that an engine of the bundle can be used here.
+
+    Args:
+        bundle: the bundle.
+        engine: one of its engines.
+        library_versions: of the backend here.
+        processor: `processor.describe_processor()` here.
+        roles: the graphs that will be used, to hash no other's files; None for all.
+    Raises:
+        BundleError: it was built with another library, on another processor or from other graphs, or a file is missing
+            or has changed; the message names the command that builds it again.
+    """
+    differences = []
+    if dict(engine.library_versions) != dict(library_versions):
+        ours, theirs = (
+            ", ".join(f"{name} {version}" for name, version in versions.items())
+            for versions in (library_versions, engine.library_versions)
+        )
+        differences.append(f"it was built with {theirs}, here is {ours}")
+    if engine.processor != processor:
+        differences.append(f"it was built on {engine.processor}, this is {processor}")
+    if dict(engine.sources) != {name: graph.sha256 for name, graph in bundle.graphs.items()}:
+        differences.append("it was built from other graphs than the bundle's")
+    if differences:
+        raise BundleError(
+            f"{engine.directory}: the engine cannot be used: {'; '.join(differences)}; {_build_again(bundle, engine)}"
+        )
+    check_engine_files(bundle, engine, roles=roles)
+
+
+def check_engine_files(bundle: Bundle, engine: EngineRecord, *, roles: Collection[str] | None = None) -> None:
+    """Check an engine's files against their hashes, wherever it can be used; `roles` as for `check_engine`.
+
+    Raises:
+        BundleError: one is missing or has changed.
+    """
+    expected = engine.files_of(engine.graphs if roles is None else roles)
+    check_hashes(expected, since="build", mend=_build_again(bundle, engine))
+
+
+def build_command(bundle: Path, *, backend: str, device: str, precision: str) -> str:
+    """Return the command that builds an engine, for messages; options that have their default are left out."""
+    others = "" if device == "cpu" else f" --device {device}"
+    others += "" if precision == "fp32" else f" --precision {precision}"
+    return f"restyle-deploy build {bundle} --backend {backend}{others}"
 
 
 def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: str) -> None:
@@ -123,13 +200,34 @@ def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: s
     _write_json(directory / MANIFEST, manifest)
 
 
+def write_engine(directory: Path, record: EngineRecord) -> None:
+    """Add an engine to a manifest, or replace the one for the same backend, device and precision.
+
+    The new manifest takes the old one's place once it is complete. No file is hashed.
+
+    Args:
+        directory: the bundle.
+        record: describes files that lie in `record.directory`, inside `directory`.
+    Raises:
+        BundleError: no bundle, or a path leaves the engine's directory.
+        KeyError, TypeError, ValueError: the record holds what `read_bundle` refuses.
+    """
+    manifest = _read_manifest(directory)
+    added = engine_as_json(record, directory)
+    config = _config_from_json(manifest["model"])
+    engine_from_json(directory, json.loads(json.dumps(added)), config)
+    engines = [other for other in manifest["engines"] if engine_from_json(directory, other, config).key != record.key]
+    _write_json(directory / MANIFEST, {**manifest, "engines": [*engines, added]})
+
+
 def write_verification(directory: Path, verification: Mapping[str, Any]) -> None:
     """Add to a manifest what the export measured; the files are not hashed again."""
     _write_json(directory / MANIFEST, {**_read_manifest(directory), "verification": dict(verification)})
 
 
 def _write_json(path: Path, manifest: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -155,44 +253,30 @@ def _record_of_file(directory: Path, name: str) -> dict[str, str]:
     return {"file": name, "sha256": sha256_of_file(directory / name)}
 
 
-def _check_file(directory: Path, record: Mapping[str, str]) -> Path:
-    path = directory / record["file"]
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise BundleError(f"{directory / MANIFEST}: {record['file']} lies outside the bundle")
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; export the bundle again")
-    found = sha256_of_file(path)
-    if found != record["sha256"]:
-        raise BundleError(
-            f"{path}: changed since the export (sha256 {found[:12]}…, expected {record['sha256'][:12]}…); "
-            "export the bundle again"
-        )
-    return path
+def _file_from_json(directory: Path, record: Mapping[str, Any]) -> tuple[Path, str]:
+    return path_inside(directory, typed(record, "file", str), of="bundle"), typed(record, "sha256", str)
 
 
-def _typed(values: Mapping[str, Any], key: str, kind: type[Value]) -> Value:
-    value = values[key]
-    if not isinstance(value, kind):
-        raise TypeError(f"{key} is {value!r}, expected {kind.__name__}")
-    return value
+def _build_again(bundle: Bundle, engine: EngineRecord) -> str:
+    backend, device, precision = engine.key
+    command = build_command(bundle.path, backend=backend, device=device, precision=precision)
+    return f"build it again: {command}, or run the exported graphs: --plain (plain=True)"
 
 
 def _config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     for key in _SIZES:
-        _typed(values, key, int)
+        typed(values, key, int)
     channels = {int(size): count for size, count in values["generator_channels"].items()}
     widths, units = (tuple(values[key]) for key in ("encoder_widths", "encoder_units"))
     return ModelConfig(**{**values, "generator_channels": channels, "encoder_widths": widths, "encoder_units": units})
 
 
 def _graph_from_json(directory: Path, name: str, record: Mapping[str, Any], config: ModelConfig) -> GraphRecord:
-    inputs, outputs = (
-        tuple(TensorSpec(name=spec["name"], dtype=spec["dtype"], shape=tuple(spec["shape"])) for spec in record[side])
-        for side in ("inputs", "outputs")
-    )
+    path, sha256 = _file_from_json(directory, record)
+    inputs, outputs = specs_from_json(record, "inputs"), specs_from_json(record, "outputs")
     if (inputs, outputs) != graph_specs(config)[name]:
         raise ValueError(f"the inputs or outputs of the {name} do not fit the model")
-    return GraphRecord(path=_check_file(directory, record), sha256=record["sha256"], inputs=inputs, outputs=outputs)
+    return GraphRecord(path=path, sha256=sha256, inputs=inputs, outputs=outputs)
 
 
 def _load_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:

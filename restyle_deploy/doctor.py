@@ -124,10 +124,14 @@ def _list_packages() -> list[str]:
 
 
 def _find_version(package: str) -> str | None:
+    """Return a package's version; of a backend's library, that of any package which brings it: onnxruntime-gpu too."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        if package not in {row.library for row in BACKENDS.values()}:
+            return None
+    others = metadata.packages_distributions().get(package, [])
+    return metadata.version(others[0]) if others else None
 
 
 def _examine_backend(name: str) -> BackendState:

@@ -1,13 +1,17 @@
 """Parity: what the reference model computed, kept in small, against what a session computes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.backends.base import EXACT_PRECISION
+from restyle_deploy.bundle import check_engine_files, check_graphs
 from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import pool_images, resize_image
@@ -16,11 +20,26 @@ from restyle_deploy.runtime.session import InversionResult, Session
 STEPS = 3
 # Two images, so that a batch that was frozen at one, or mixed up, is noticed.
 IMAGE_COUNT = 2
-LATENT_TOLERANCE = 1e-4
-IMAGE_TOLERANCE = 1e-3
 POOLED_WIDTH = 64
 CROP_SIZE = 32
 _PATTERN_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """The largest absolute differences that pass, at any step."""
+
+    latents: float
+    images: float
+
+
+# By precision.
+TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+    {
+        "fp32": Tolerance(latents=1e-4, images=1e-3),
+        "bf16": Tolerance(latents=2e-2, images=0.1),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +66,30 @@ class Expectation:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The largest absolute differences from an expectation, per step."""
+    """The largest absolute differences from an expectation, per step, of a session of this precision."""
 
     latent_errors: tuple[float, ...]
     image_errors: tuple[float, ...]
+    precision: str = EXACT_PRECISION
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The precision's row of the table."""
+        return TOLERANCES[self.precision]
 
     @property
     def is_within_tolerance(self) -> bool:
-        """Whether every step keeps to 1e-4 in the latents and 1e-3 in the images."""
-        latents_fit = all(error <= LATENT_TOLERANCE for error in self.latent_errors)
-        return latents_fit and all(error <= IMAGE_TOLERANCE for error in self.image_errors)
+        """Whether latents and images keep to the tolerance at every step."""
+        latents_fit = all(error <= self.tolerance.latents for error in self.latent_errors)
+        return latents_fit and all(error <= self.tolerance.images for error in self.image_errors)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for a manifest or a report."""
         return {
             "latent_errors": list(self.latent_errors),
             "image_errors": list(self.image_errors),
-            "latent_tolerance": LATENT_TOLERANCE,
-            "image_tolerance": IMAGE_TOLERANCE,
+            "latent_tolerance": self.tolerance.latents,
+            "image_tolerance": self.tolerance.images,
         }
 
 
@@ -112,6 +137,7 @@ def compare_with_expectation(session: Session, expectation: Expectation) -> Pari
     """Invert the inputs and return the largest differences at each step.
 
     Raises:
+        ValueError: the session has preview steps, so that not every step has an image.
         VerificationError: the session gave NaN or infinity, or arrays of another shape.
     """
     result = session.invert(expectation.inputs, steps=expectation.steps, every_step=True)
@@ -120,7 +146,9 @@ def compare_with_expectation(session: Session, expectation: Expectation) -> Pari
         max, _largest_per_step(pooled, expectation.images_pooled), _largest_per_step(crop, expectation.images_crop)
     )
     return Parity(
-        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents)), image_errors=tuple(image_errors)
+        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents)),
+        image_errors=tuple(image_errors),
+        precision=session.describe()["precision"],
     )
 
 
@@ -132,12 +160,14 @@ def compare_with_reference(session: Session, inputs: NDArray[np.uint8], referenc
         inputs: uint8 [N, H, W, 3].
         reference: with a leading steps axis.
     Raises:
+        ValueError: the session has preview steps, so that not every step has an image.
         VerificationError: the session gave NaN or infinity.
     """
     result = session.invert(inputs, steps=len(reference.latents), every_step=True)
     return Parity(
         latent_errors=tuple(_largest_per_step(result.latents, reference.latents)),
         image_errors=tuple(_largest_per_step(result.images, reference.images)),
+        precision=session.describe()["precision"],
     )
 
 
@@ -149,18 +179,35 @@ def check_parity(parity: Parity, name: str) -> None:
         )
         raise VerificationError(
             f"{name}: differs from the reference model; largest error per step: latents {latents} "
-            f"(tolerance {LATENT_TOLERANCE:g}), images {images} (tolerance {IMAGE_TOLERANCE:g})"
+            f"(tolerance {parity.tolerance.latents:g}), images {images} (tolerance {parity.tolerance.images:g})"
         )
 
 
-def verify_bundle(directory: Path, *, backend: str, device: str, threads: int | None) -> Parity:
-    """Check a bundle's files against their hashes, run its expectation on a backend and return the differences.
+def verify_bundle(
+    directory: Path,
+    *,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str = EXACT_PRECISION,
+    plain: bool = False,
+) -> Parity:
+    """Check all files of a bundle against their hashes, run its expectation and return the differences.
 
+    Args:
+        directory: the bundle.
+        backend, device, threads, precision, plain: see `Session.open`.
     Raises:
-        BundleError, BackendUnavailableError, BuildError: see `Session.open`.
+        BundleError, BackendUnavailableError, BuildError: see `Session.open`; or a file is missing or has changed, of
+            whichever engine.
         VerificationError: see `compare_with_expectation`.
     """
-    with Session.open(directory, backend=backend, device=device, threads=threads) as session:
+    with Session.open(
+        directory, backend=backend, device=device, threads=threads, precision=precision, plain=plain
+    ) as session:
+        check_graphs(session.bundle)
+        for engine in session.bundle.engines:
+            check_engine_files(session.bundle, engine)
         return compare_with_expectation(session, load_expectation(session.bundle.expectation))
 
 

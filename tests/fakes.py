@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.backends.base import RunnerOptions
 from restyle_deploy.bundle import Bundle, GraphRecord
+from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.model_config import ModelConfig, graph_specs
+from restyle_deploy.runtime.loop import LoadedGraph
 from restyle_deploy.runtime.session import Session
+from restyle_deploy.tensors import TensorSpec
+from tests.bundles import borders_of_engine
 
 Buffers = Mapping[str, NDArray[Any]]
 
 AVERAGE_IMAGE = 0.25
 AVERAGE_LATENT = 1.0
+# How much brighter a preview is than the image: it tells which of the two a step has rendered.
+PREVIEW_ERROR = 0.125
+VERSIONS = {"fake": "1.0"}
 
 
 class FakeRunner:
@@ -24,10 +32,11 @@ class FakeRunner:
         bound: the buffers of each `bind`.
         ran: addresses of the buffers of each run.
         closed: how often it was closed.
+        compute: may be replaced.
     """
 
     def __init__(self, compute: Callable[[Buffers], None]) -> None:
-        self._compute = compute
+        self.compute = compute
         self.bound: list[Buffers] = []
         self.ran: list[dict[str, int]] = []
         self.closed = 0
@@ -38,7 +47,7 @@ class FakeRunner:
 
         def run() -> None:
             self.ran.append(addresses)
-            self._compute(buffers)
+            self.compute(buffers)
 
         return run
 
@@ -52,6 +61,17 @@ def encode(buffers: Buffers) -> None:
     np.add(buffers["latent"], difference[:, None, None], out=buffers["latent_out"])
 
 
+def encode_features(buffers: Buffers) -> None:
+    """Do what `encode` does with the features that `describe_target` has left."""
+    difference = buffers["target_features"].mean(axis=(1, 2, 3)) - buffers["current"].mean(axis=(1, 2, 3))
+    np.add(buffers["latent"], difference[:, None, None], out=buffers["latent_out"])
+
+
+def describe_target(buffers: Buffers) -> None:
+    """Set all features to the mean of the target."""
+    buffers["target_features"][:] = buffers["target"].mean(axis=(1, 2, 3))[:, None, None, None]
+
+
 def generate(buffers: Buffers) -> None:
     """Render a grey image: half the mean of the latent."""
     grey = buffers["latent"].mean(axis=(1, 2)) / 2
@@ -59,12 +79,18 @@ def generate(buffers: Buffers) -> None:
         buffers[name][:] = grey[:, None, None, None]
 
 
-def expected_latents(targets: NDArray[np.float32], steps: int) -> NDArray[np.float64]:
+def preview(buffers: Buffers) -> None:
+    """Render what `generate` renders, but brighter, and no image."""
+    grey = buffers["latent"].mean(axis=(1, 2)) / 2 + PREVIEW_ERROR
+    buffers["current"][:] = grey[:, None, None, None]
+
+
+def expected_latents(targets: NDArray[np.float32], steps: int, *, preview_error: float = 0.0) -> NDArray[np.float64]:
     """Return the value of each image's latent after each step: [steps, N]."""
     current, latent, results = AVERAGE_IMAGE, np.full(len(targets), AVERAGE_LATENT), []
     for _ in range(steps):
         latent = latent + targets.mean(axis=(1, 2, 3), dtype=np.float64) - current
-        current = latent / 2
+        current = latent / 2 + preview_error
         results.append(latent)
     return np.stack(results)
 
@@ -75,7 +101,65 @@ def create_session(
     encoder: Callable[[Buffers], None] = encode,
     generator: Callable[[Buffers], None] = generate,
 ) -> tuple[Session, FakeRunner, FakeRunner]:
-    """Return a session of 64 px and its encoder and generator."""
+    """Return a session of 64 px on exported graphs, and its encoder and generator."""
+    runners = {"encoder": FakeRunner(encoder), "generator": FakeRunner(generator)}
+    return _session_of(runners, domain=domain, batch=None), runners["encoder"], runners["generator"]
+
+
+def create_engine_session(
+    *, roles: tuple[str, ...] = (), batch: int | None = None, domain: str = "faces"
+) -> tuple[Session, dict[str, FakeRunner]]:
+    """Return a session of 64 px on an engine with `roles` besides encoder and generator, and all its runners."""
+    runners = create_runners(roles)
+    return _session_of(runners, domain=domain, batch=batch), runners
+
+
+def create_runners(roles: tuple[str, ...]) -> dict[str, FakeRunner]:
+    """Return a runner for each graph of an engine with these roles besides encoder and generator."""
+    optional = {"target": describe_target, "preview": preview}
+    encoder = encode_features if "target" in roles else encode
+    computes = {"encoder": encoder, "generator": generate, **{role: optional[role] for role in roles}}
+    return {role: FakeRunner(compute) for role, compute in computes.items()}
+
+
+class FakeBackend:
+    """Satisfies `Backend`; its engines are files of any content, and the stem of a file's name is the graph's role.
+
+    Attributes:
+        loaded: files, with the options, in the order of loading.
+        runners: by role; made anew by each load.
+        computes: by role, for loads to come.
+    """
+
+    ENGINE_SUFFIX = ".fake"
+
+    def __init__(self, computes: Mapping[str, Callable[[Buffers], None]]) -> None:
+        self.computes = dict(computes)
+        self.loaded: list[tuple[Path, RunnerOptions]] = []
+        self.runners: dict[str, FakeRunner] = {}
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def library_versions(self) -> Mapping[str, str]:
+        return VERSIONS
+
+    def check_options(self, options: RunnerOptions) -> None:
+        if options.device not in self.devices():
+            raise BackendUnavailableError(f"backend fake: device {options.device!r} cannot run here")
+
+    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+        engine.write_bytes(graph.read_bytes())
+
+    def load(
+        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> FakeRunner:
+        self.loaded.append((file, options))
+        self.runners[file.stem] = FakeRunner(self.computes[file.stem])
+        return self.runners[file.stem]
+
+
+def _session_of(runners: Mapping[str, FakeRunner], *, domain: str, batch: int | None) -> Session:
     config = ModelConfig(encoder_type="BackboneEncoder", domain=domain, output_size=64, input_size=32, style_dim=4)
     graphs = {
         name: GraphRecord(path=Path(f"{name}.onnx"), sha256="", inputs=inputs, outputs=outputs)
@@ -92,5 +176,13 @@ def create_session(
         engines=(),
         verification={},
     )
-    runners = {"encoder": FakeRunner(encoder), "generator": FakeRunner(generator)}
-    return Session(bundle, runners, {"backend": "fake"}), runners["encoder"], runners["generator"]
+    borders = borders_of_engine(config, tuple(runners), batch=batch)
+    loaded = {
+        role: LoadedGraph(
+            record=GraphRecord(path=Path(role), sha256="", inputs=borders[role][0], outputs=borders[role][1]),
+            runner=runner,
+        )
+        for role, runner in runners.items()
+    }
+    description = {"backend": "fake", "precision": "fp32", "preview_steps": "preview" in runners}
+    return Session(bundle, loaded, description)

@@ -16,14 +16,16 @@ from restyle_deploy.bundle import (
     GRAPHS,
     LATENT_AVG,
     MANIFEST,
+    check_graphs,
     open_bundle,
+    read_bundle,
     write_manifest,
     write_verification,
 )
 from restyle_deploy.errors import BundleError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.model_config import ModelConfig, graph_specs
-from tests.bundles import edit_manifest, replace_array, replace_file
+from tests.bundles import add_engine, edit_manifest, replace_array, replace_file
 
 FILES = ("encoder.onnx", "generator.onnx", LATENT_AVG, AVERAGE_IMAGE, EXPECTATION)
 
@@ -114,6 +116,32 @@ def test_changed_file_is_refused(bundle: Path, name: str) -> None:
     (bundle / name).write_bytes(content)
     with pytest.raises(BundleError, match=f"{re.escape(name)}: changed since the export"):
         open_bundle(bundle)
+
+
+def test_graphs_are_hashed_only_when_they_are_to_be_checked(bundle: Path) -> None:
+    before = read_bundle(bundle)
+    check_graphs(before)
+    (bundle / "encoder.onnx").write_bytes(b"changed")
+    (bundle / "generator.onnx").unlink()
+    after = read_bundle(bundle)
+    assert after.graphs == before.graphs
+    for check in (check_graphs, lambda opened: open_bundle(opened.path)):
+        with pytest.raises(BundleError, match="generator.onnx: missing; export the bundle again"):
+            check(after)
+
+
+def test_engines_are_not_hashed_when_a_bundle_is_opened(bundle: Path) -> None:
+    shutil.rmtree(add_engine(bundle).directory)
+    assert len(open_bundle(bundle).engines) == 1
+
+
+def test_new_manifest_has_no_engines(bundle: Path) -> None:
+    add_engine(bundle)
+    opened = open_bundle(bundle)
+    write_verification(bundle, {"steps": 7})
+    assert open_bundle(bundle).engines == opened.engines
+    write_manifest(bundle, config=opened.config, checkpoint_sha256="ab" * 32)
+    assert open_bundle(bundle).engines == ()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -27,6 +27,7 @@ EVERYTHING = {
     "click": "8.5.1",
     "tqdm": "4.70.1",
     "onnxruntime": "1.32.0",
+    "openvino": "2026.4.1",
     "onnx": "1.23.2",
     "onnxscript": "0.7.2",
     "torch": "2.13.0+cpu",
@@ -57,6 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             return SimpleNamespace(devices=lambda: devices)
 
         monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(metadata, "packages_distributions", dict)
         monkeypatch.setattr(doctor, "load_backend", load_backend)
 
     return pretend
@@ -102,6 +104,21 @@ def test_new_enough_package_is_enough(install: Install, monkeypatch: pytest.Monk
     install()
     monkeypatch.setitem(EVERYTHING, "torch", version)
     assert find_job("export").missing == ()
+
+
+def test_library_of_another_package_is_found(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(without=("onnxruntime", "onnx"))
+    monkeypatch.setitem(EVERYTHING, "onnxruntime-gpu", "1.31.0")
+    brought = {"onnxruntime": ["onnxruntime-gpu"], "onnx": ["onnxruntime-gpu"]}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: brought)
+    packages = examine_installation().packages
+    assert packages["onnxruntime"] == "1.31.0"
+    assert packages["onnx"] is None  # no backend's library: its own package is what the commands need
+
+
+def test_missing_library_has_no_version(install: Install) -> None:
+    install(without=("onnxruntime",))
+    assert examine_installation().packages["onnxruntime"] is None
 
 
 def test_missing_backend_names_its_extra(install: Install) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint to bundle: what is written, what is refused, and that nothing half-made is left."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from restyle_deploy.export import export_checkpoint, read_recipe
 from restyle_deploy.graph.export import Graph
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
 from restyle_deploy.runtime.session import Session, targets_from_images
+from tests.bundles import add_engine
 from tests.toy import write_toy_checkpoint
 
 BUNDLE_FILES = {
@@ -112,11 +114,12 @@ def test_a_graph_that_computes_something_else_leaves_no_bundle(
 
 
 @pytest.mark.usefixtures("quick_graphs")
-@pytest.mark.parametrize("tolerance", ["LATENT_TOLERANCE", "IMAGE_TOLERANCE"])
+@pytest.mark.parametrize("side", ["latents", "images"])
 def test_both_tolerances_are_kept(
-    tolerance: str, toy_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    side: str, toy_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, tolerance, 0.0)
+    strict = replace(verify.TOLERANCES["fp32"], **{side: 0.0})
+    monkeypatch.setattr(verify, "TOLERANCES", {"fp32": strict})
     with pytest.raises(VerificationError, match=r"\(tolerance 0\)"):
         export_checkpoint(toy_checkpoint, tmp_path / "bundle")
     assert names_in(tmp_path) == set()
@@ -126,7 +129,7 @@ def test_both_tolerances_are_kept(
 def test_a_failed_export_keeps_the_bundle_that_is_there(
     toy_checkpoint: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "LATENT_TOLERANCE", 0.0)
+    monkeypatch.setattr(verify, "TOLERANCES", {"fp32": verify.Tolerance(latents=0.0, images=0.0)})
     with pytest.raises(VerificationError, match="differs"):
         export_checkpoint(toy_checkpoint, bundle_copy, overwrite=True)
     assert open_bundle(bundle_copy).config.output_size == 64
@@ -188,6 +191,14 @@ def test_a_damaged_bundle_can_be_replaced(damage: str, toy_checkpoint: Path, bun
     export_checkpoint(toy_checkpoint, bundle_copy, overwrite=True)
     assert open_bundle(bundle_copy).config.output_size == 64
     assert names_in(bundle_copy.parent) == {bundle_copy.name}
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_a_bundle_with_engines_can_be_replaced(toy_checkpoint: Path, bundle_copy: Path) -> None:
+    add_engine(bundle_copy)
+    export_checkpoint(toy_checkpoint, bundle_copy, overwrite=True)
+    assert open_bundle(bundle_copy).engines == ()
+    assert "engines" not in names_in(bundle_copy)
 
 
 def test_a_checkpoint_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:

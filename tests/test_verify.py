@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from restyle_deploy import Session
+from restyle_deploy import Session, verify
+from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS
 from restyle_deploy.bundle import EXPECTATION, LATENT_AVG
 from restyle_deploy.errors import BackendUnavailableError, BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.verify import (
-    IMAGE_TOLERANCE,
-    LATENT_TOLERANCE,
+    TOLERANCES,
     Expectation,
     Parity,
+    Tolerance,
     check_parity,
     compare_with_expectation,
     create_inputs,
@@ -23,8 +24,10 @@ from restyle_deploy.verify import (
     save_expectation,
     verify_bundle,
 )
-from tests.bundles import replace_array, replace_arrays, replace_file
+from tests.bundles import add_engine, replace_array, replace_arrays, replace_file
+from tests.fakes import create_engine_session
 
+EXACT = TOLERANCES[EXACT_PRECISION]
 CPU: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu", "threads": 1}
 
 
@@ -57,7 +60,7 @@ def test_difference_at_any_step_and_image_is_found(bundle: Path, name: str, step
     assert not parity.is_within_tolerance
     errors = parity.latent_errors if name == "latents" else parity.image_errors
     assert errors[step - 1] == pytest.approx(0.25, abs=1e-3)
-    assert max(error for index, error in enumerate(errors) if index != step - 1) < LATENT_TOLERANCE
+    assert max(error for index, error in enumerate(errors) if index != step - 1) < EXACT.latents
     with pytest.raises(VerificationError, match="bundle: differs from the reference model; largest error per step"):
         check_parity(parity, "bundle")
 
@@ -158,23 +161,82 @@ def test_images_are_reduced_to_block_means_and_centre(
     np.testing.assert_array_equal(centre, images[:, :, top : top + crop[0], left : left + crop[1]])
 
 
+def test_every_precision_has_its_tolerance() -> None:
+    assert set(TOLERANCES) == set(PRECISIONS)
+    assert Tolerance(latents=1e-4, images=1e-3) == EXACT
+    assert all(EXACT.latents <= row.latents and EXACT.images <= row.images for row in TOLERANCES.values())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("latents", "images", "fits"),
     [
-        ((LATENT_TOLERANCE,), (IMAGE_TOLERANCE,), True),
-        ((LATENT_TOLERANCE, LATENT_TOLERANCE * 1.01), (0.0, 0.0), False),
-        ((0.0, 0.0), (IMAGE_TOLERANCE * 1.01, 0.0), False),
+        ((1.0,), (1.0,), True),
+        ((1.0, 1.01), (0.0, 0.0), False),
+        ((0.0, 0.0), (1.01, 0.0), False),
         ((float("nan"),), (0.0,), False),
     ],
 )
-def test_tolerance_is_kept_at_every_step(latents: tuple[float, ...], images: tuple[float, ...], fits: bool) -> None:
-    parity = Parity(latent_errors=latents, image_errors=images)
+def test_tolerance_of_the_precision_is_kept_at_every_step(
+    precision: str, latents: tuple[float, ...], images: tuple[float, ...], fits: bool
+) -> None:
+    row = TOLERANCES[precision]
+    latent_errors, image_errors = (row.latents * np.array(latents)).tolist(), (row.images * np.array(images)).tolist()
+    parity = Parity(latent_errors=tuple(latent_errors), image_errors=tuple(image_errors), precision=precision)
     assert parity.is_within_tolerance is fits
+    stated = parity.as_json()
+    assert (stated["latent_tolerance"], stated["image_tolerance"]) == (row.latents, row.images)
     if fits:
         check_parity(parity, "name")
     else:
-        with pytest.raises(VerificationError, match=r"name: .*latents .*\(tolerance 0\.0001\), images .*0\.001"):
+        message = rf"name: .*latents .*\(tolerance {row.latents:g}\), images .*\(tolerance {row.images:g}\)"
+        with pytest.raises(VerificationError, match=message):
             check_parity(parity, "name")
+
+
+def test_parity_takes_the_tolerance_of_the_sessions_precision(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Session.open(toy_bundle, threads=1) as session:
+        description = {**session.describe(), "precision": "bf16"}
+        monkeypatch.setattr(session, "describe", lambda: description)
+        parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
+    assert parity.tolerance == TOLERANCES["bf16"]
+
+
+def test_expectation_of_every_step_cannot_be_met_by_previews(toy_bundle: Path) -> None:
+    session, _ = create_engine_session(roles=("preview",))
+    with pytest.raises(ValueError, match="with preview_steps only the last step has an image"):
+        compare_with_expectation(session, load_expectation(toy_bundle / EXPECTATION))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_engine_is_verified_unless_told(bundle: Path, monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+    add_engine(bundle)
+    plans: list[str] = []
+
+    def note(session: Session, expectation: Expectation) -> Parity:
+        plans.append(session.describe()["plan"])
+        return compare_with_expectation(session, expectation)
+
+    monkeypatch.setattr(verify, "compare_with_expectation", note)
+    assert verify_bundle(bundle, **CPU, plain=plain).is_within_tolerance
+    assert plans == ["plain" if plain else "tuned"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("which", ["graph", "engine", "engine of another precision"])
+def test_every_file_is_checked_whatever_is_run(bundle: Path, plain: bool, which: str) -> None:
+    engine, other = add_engine(bundle), add_engine(bundle, precision="bf16")
+    directory = {"graph": bundle, "engine": engine.directory, "engine of another precision": other.directory}[which]
+    (directory / "generator.onnx").write_bytes(b"changed")
+    with pytest.raises(BundleError, match=r"generator\.onnx: changed since the (export|build)"):
+        verify_bundle(bundle, **CPU, plain=plain)
+
+
+def test_precision_reaches_the_session(bundle: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="precision bf16 cannot run here"):
+        verify_bundle(bundle, **CPU, precision="bf16")
 
 
 def test_comparison_takes_as_many_steps_as_are_stored(toy_bundle: Path) -> None:

@@ -30,6 +30,7 @@ BACKENDS: Mapping[str, BackendRow] = MappingProxyType(
         "onnxruntime": BackendRow(
             module="restyle_deploy.backends.onnxruntime", library="onnxruntime", extra="onnxruntime"
         ),
+        "openvino": BackendRow(module="restyle_deploy.backends.openvino", library="openvino", extra="openvino"),
     }
 )
 

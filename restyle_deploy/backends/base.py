@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from restyle_deploy.errors import ShapeError
 from restyle_deploy.tensors import TensorSpec
 
+EXACT_PRECISION = "fp32"
+# Computed in another one, results differ by more than rounding.
+PRECISIONS = (EXACT_PRECISION, "bf16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:
@@ -18,10 +22,12 @@ class RunnerOptions:
     Attributes:
         device: one of the backend's `devices()`.
         threads: CPU threads of one run; None leaves the choice to the library.
+        precision: one of `PRECISIONS`, in which the library computes; inputs and outputs are float32 in any case.
     """
 
     device: str = "cpu"
     threads: int | None = None
+    precision: str = EXACT_PRECISION
 
 
 class Runner(Protocol):
@@ -30,11 +36,14 @@ class Runner(Protocol):
     def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
         """Bind the caller's buffers once and return a function that runs the graph on them, again and again.
 
+        A backend may compile the graph when it first meets a batch size: that takes seconds for a large one.
+
         Args:
             buffers: one array per input and output, of the spec's dtype and shape at one batch size, C-contiguous;
                 the run reads and writes them in place, and they stay alive as long as the function does.
         Raises:
             ShapeError: a buffer is missing or does not fit its spec.
+            BuildError: the library refuses the graph for this batch size.
             ValueError: the runner is closed.
         """
         ...
@@ -47,6 +56,12 @@ class Runner(Protocol):
 class Backend(Protocol):
     """A backend module."""
 
+    ENGINE_SUFFIX: str
+    """Suffix of the engine files that `build` writes."""
+
+    ENGINE_BATCH: int | None
+    """1 where engines are best built for single images, which a session runs one by one; None for any number."""
+
     def devices(self) -> tuple[str, ...]:
         """Return the devices that can run here, as `Session.open` takes them."""
         ...
@@ -55,14 +70,35 @@ class Backend(Protocol):
         """Return the versions of the libraries that run the graphs."""
         ...
 
-    def load(
-        self, graph: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
-    ) -> Runner:
-        """Load an ONNX file.
+    def check_options(self, options: RunnerOptions) -> None:
+        """Find out, without a graph, whether this machine can run with these options.
 
         Raises:
-            BackendUnavailableError: the device cannot run here.
+            BackendUnavailableError: the device or the precision cannot run here; the message says why.
+        """
+        ...
+
+    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+        """Turn an ONNX file into an engine file, which loads faster and runs on such a machine only.
+
+        Args:
+            graph: the ONNX file; weights inside it, or as external data beside it.
+            engine: the file to write, in a folder that exists; the names of files beside it begin with its stem.
+            options: how the engine will be run.
+        Raises:
+            BackendUnavailableError: see `check_options`.
             BuildError: the library refuses the graph.
+        """
+        ...
+
+    def load(
+        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> Runner:
+        """Load an ONNX file, or an engine that `build` wrote on such a machine with the same library.
+
+        Raises:
+            BackendUnavailableError: see `check_options`.
+            BuildError: the library refuses the file.
         """
         ...
 

@@ -11,7 +11,7 @@ import click
 from restyle_deploy.cli.options import bundle_argument, json_option
 
 if TYPE_CHECKING:
-    from restyle_deploy.bundle import Bundle
+    from restyle_deploy.bundle import Bundle, EngineRecord
     from restyle_deploy.tensors import TensorSpec
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Tell what BUNDLE holds: model, graphs, engines and verification.
+    """Tell what BUNDLE holds: model, graphs, engines with their plans, and verification.
 
     Example: restyle-deploy inspect engines/demo-faces
     """
@@ -32,6 +32,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def _facts_of_bundle(bundle: "Bundle") -> dict[str, Any]:
     """Return everything as plain values, for machines."""
     from restyle_deploy.bundle import FORMAT_VERSION
+    from restyle_deploy.engines import engine_as_json
 
     return {
         "bundle": str(bundle.path),
@@ -48,7 +49,7 @@ def _facts_of_bundle(bundle: "Bundle") -> dict[str, Any]:
             }
             for name, graph in bundle.graphs.items()
         },
-        "engines": [dict(engine) for engine in bundle.engines],
+        "engines": [engine_as_json(engine, bundle.path) for engine in bundle.engines],
         "verification": dict(bundle.verification),
     }
 
@@ -73,10 +74,37 @@ def _describe_bundle(bundle: "Bundle") -> list[str]:
             }
             for name, graph in bundle.graphs.items()
         },
-        "engines": list(bundle.engines),
+        "engines": {engine.directory.name: _describe_engine(engine) for engine in bundle.engines} or [],
         "verification": bundle.verification,
     }
     return _lines(facts)
+
+
+def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
+    plan = engine.plan
+    return {
+        "backend": engine.backend,
+        "device": engine.device,
+        "precision": engine.precision,
+        "batch": "any" if engine.batch is None else engine.batch,
+        "libraries": [f"{name} {version}" for name, version in engine.library_versions.items()],
+        "processor": engine.processor,
+        "graphs": list(engine.graphs),
+        "plan": f"{plan['origin']}, measured for {plan['seconds']:.1f} s" if plan["seconds"] else plan["origin"],
+        "sites": _describe_sites(plan["choices"], plan["measurements"]),
+    }
+
+
+def _describe_sites(choices: Mapping[str, str], measurements: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Return a text per site: the choice and, where they were measured, all candidates, the fastest with a star."""
+    width = max(map(len, choices.values()), default=0)
+    sites = {}
+    for site, choice in choices.items():
+        times = measurements.get(site, {})
+        fastest = min(times.values(), default=None)
+        candidates = [f"{name} {time:.2f}{'*' if time == fastest else ''}" for name, time in times.items()]
+        sites[site] = f"{choice:<{width}}  {', '.join(candidates)} ms" if candidates else choice
+    return sites
 
 
 def _format_spec(spec: "TensorSpec") -> str:
@@ -84,11 +112,11 @@ def _format_spec(spec: "TensorSpec") -> str:
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
-    lines = []
+    lines, width = [], max([24 - len(indent), *(len(name) + 2 for name in facts)])
     for name, value in facts.items():
         if isinstance(value, Mapping):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append(f"{indent}{name + ':':<{24 - len(indent)}}{text or 'none'}")
+            lines.append(f"{indent}{name + ':':<{width}}{text or 'none'}")
     return lines

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from restyle_deploy.cli.options import bundle_argument, images_argument, json_option, session_options
+from restyle_deploy.cli.options import bundle_argument, images_argument, json_option, preview_option, session_options
 
 
 @click.command()
@@ -27,6 +27,7 @@ from restyle_deploy.cli.options import bundle_argument, images_argument, json_op
 @click.option("--resize", is_flag=True, help="Write images of the encoder's input size (official: --resize_outputs).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images of one run.")
 @session_options
+@preview_option
 @json_option
 @click.pass_context
 def invert(
@@ -42,6 +43,9 @@ def invert(
     backend: str,
     device: str,
     threads: int | None,
+    precision: str,
+    plain: bool,
+    preview_steps: bool,
     as_json: bool,
 ) -> None:
     """Invert IMAGES (files or folders) with BUNDLE: an image each at the model's full size, and latents.npz.
@@ -56,6 +60,8 @@ def invert(
     from restyle_deploy.runtime.inputs import find_images
     from restyle_deploy.runtime.session import Session
 
+    if preview_steps and (every_step or official_layout):
+        raise click.UsageError("--preview-steps renders the last step only, but every step is to be written")
     options = FolderOptions(
         steps=steps,
         every_step=every_step,
@@ -65,7 +71,15 @@ def invert(
     )
     inputs = find_images(images, output=output)
     with (
-        Session.open(bundle, backend=backend, device=device, threads=threads) as session,
+        Session.open(
+            bundle,
+            backend=backend,
+            device=device,
+            threads=threads,
+            precision=precision,
+            plain=plain,
+            preview_steps=preview_steps,
+        ) as session,
         tqdm(total=len(inputs), unit="image", file=sys.stderr, disable=None) as bar,
     ):
         result = invert_files(

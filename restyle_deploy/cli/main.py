@@ -9,6 +9,7 @@ import click
 
 from restyle_deploy import __version__
 from restyle_deploy.cli.bench import bench
+from restyle_deploy.cli.build import build
 from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.cli.export import export
 from restyle_deploy.cli.inspect import inspect
@@ -40,11 +41,12 @@ def main() -> None:
     \b
     Example:
       restyle-deploy export restyle_psp_ffhq_encode.pt -o faces
+      restyle-deploy build faces --backend onnxruntime --tune
       restyle-deploy invert faces photos -o out
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may hold what its encoding cannot express
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-for command in (export, invert, bench, verify, inspect, doctor):
+for command in (export, build, invert, bench, verify, inspect, doctor):
     main.add_command(command)

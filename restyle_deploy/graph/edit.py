@@ -93,6 +93,15 @@ def nodes_of_type(model: ir.Model, op_type: str, layers: Iterable[str] | None = 
             yield node
 
 
+def fix_batch(model: ir.Model, batch: int | None) -> ir.Model:
+    """Set the free first axis of all values to `batch`; None leaves it free."""
+    values = (*model.graph.inputs, *(output for node in model.graph for output in node.outputs))
+    for value in values if batch is not None else ():
+        if value.shape is not None and value.shape.rank() > 0 and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape((batch, *tuple(value.shape)[1:]))
+    return model
+
+
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let all users of `old` read `new`, which takes its name, type and shape; `old`'s node is then without use."""
     new.shape, new.type = old.shape, old.type

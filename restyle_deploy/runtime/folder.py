@@ -93,6 +93,7 @@ def invert_files(
         report_failure: called with path and reason as soon as an input fails.
     Raises:
         ImageError: an output would overwrite an input.
+        ValueError: every step is to be written, and the session renders the last one only.
         OSError: an output cannot be written.
     """
     _check_targets(inputs, output, options)

@@ -1,6 +1,7 @@
 """What every backend keeps to, on each device that it has here. A new backend only adds its row to `BACKENDS`."""
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from restyle_deploy.backends import BACKENDS, load_backend
-from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
+from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS, Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import (
-    IMAGE_TOLERANCE,
-    LATENT_TOLERANCE,
+    TOLERANCES,
     check_parity,
     compare_with_expectation,
     load_expectation,
@@ -25,7 +25,16 @@ from restyle_deploy.verify import (
 
 Buffers = dict[str, NDArray[Any]]
 
-TOLERANCES = {"latent_out": LATENT_TOLERANCE, "image": IMAGE_TOLERANCE, "current": IMAGE_TOLERANCE}
+APPROXIMATE_PRECISIONS = [precision for precision in PRECISIONS if precision != EXACT_PRECISION]
+
+
+def tolerances_of(precision: str) -> dict[str, float]:
+    """Return the largest difference that passes, by output."""
+    row = TOLERANCES[precision]
+    return {"latent_out": row.latents, "image": row.images, "current": row.images}
+
+
+EXACT = tolerances_of(EXACT_PRECISION)
 
 
 def list_cases() -> list[tuple[str, str]]:
@@ -129,7 +138,7 @@ def test_inputs_are_read_anew_at_every_run(bundle: Bundle, runners: Mapping[str,
     runners[graph].bind(other)()
     for name, array in outputs_of(bundle, graph, other).items():
         assert not np.array_equal(buffers[name], before[name])
-        np.testing.assert_allclose(buffers[name], array, rtol=0, atol=TOLERANCES[name])
+        np.testing.assert_allclose(buffers[name], array, rtol=0, atol=EXACT[name])
 
 
 @graphs
@@ -142,7 +151,7 @@ def test_batches_equal_single_images(bundle: Bundle, runners: Mapping[str, Runne
             single = {name: np.ascontiguousarray(array[index : index + 1]) for name, array in whole.items()}
             runners[graph].bind(single)()
             for name, array in outputs_of(bundle, graph, single).items():
-                np.testing.assert_allclose(part[name][index], array[0], rtol=0, atol=TOLERANCES[name], err_msg=name)
+                np.testing.assert_allclose(part[name][index], array[0], rtol=0, atol=EXACT[name], err_msg=name)
 
 
 def test_several_bound_runs_take_turns(bundle: Bundle, runners: Mapping[str, Runner]) -> None:
@@ -165,7 +174,7 @@ def test_thread_count_changes_no_result(backend: Backend, case: tuple[str, str],
         runner.bind(buffers)()
         runner.close()
         results.append(buffers["image"])
-    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=IMAGE_TOLERANCE)
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=EXACT["image"])
 
 
 def strided(array: NDArray[Any]) -> NDArray[Any]:
@@ -222,6 +231,18 @@ def test_unknown_device_is_refused(backend: Backend, bundle: Bundle, device: str
         load(backend, bundle, "generator", device)
 
 
+def test_options_that_cannot_run_are_refused_before_a_graph_is_there(backend: Backend, case: tuple[str, str]) -> None:
+    backend.check_options(RunnerOptions(device=case[1]))
+    backend.check_options(RunnerOptions(device=case[1], threads=2, precision=EXACT_PRECISION))
+    for device in ("", "abacus", "cpu:99"):
+        with pytest.raises(BackendUnavailableError, match=f"device '{device}' cannot run here; available: .*{case[1]}"):
+            backend.check_options(RunnerOptions(device=device))
+    for precision in ("", "abacus", "fp64"):
+        with pytest.raises(BackendUnavailableError, match=f"precision {precision} cannot run here") as caught:
+            backend.check_options(RunnerOptions(device=case[1], precision=precision))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"no graph", None])
 def test_file_that_is_no_graph_is_refused(
     backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path, content: bytes | None
@@ -232,6 +253,102 @@ def test_file_that_is_no_graph_is_refused(
     with pytest.raises(BuildError, match=r"refuses broken\.onnx: ") as caught:
         backend.load(tmp_path / "broken.onnx", record.inputs, record.outputs, RunnerOptions(device=case[1]))
     assert "\n" not in str(caught.value)
+
+
+def build(backend: Backend, bundle: Bundle, graph: str, folder: Path, options: RunnerOptions) -> Path:
+    engine = folder / f"{graph}{backend.ENGINE_SUFFIX}"
+    backend.build(bundle.graphs[graph].path, engine, options)
+    return engine
+
+
+@graphs
+def test_engine_computes_what_its_graph_does(
+    backend: Backend, case: tuple[str, str], bundle: Bundle, runners: Mapping[str, Runner], tmp_path: Path, graph: str
+) -> None:
+    options = RunnerOptions(device=case[1])
+    built = tmp_path / "built"
+    built.mkdir()
+    engine = build(backend, bundle, graph, built, options)
+    assert engine.is_file()
+    assert all(path.name.startswith(engine.stem) for path in built.iterdir())
+    moved = built.rename(tmp_path / "moved") / engine.name
+    record = bundle.graphs[graph]
+    runner = backend.load(moved, record.inputs, record.outputs, options)
+    for batch in (1, 3):
+        found, expected = create_buffers(bundle, graph, batch), create_buffers(bundle, graph, batch)
+        runner.bind(found)()
+        runners[graph].bind(expected)()
+        for name, array in outputs_of(bundle, graph, found).items():
+            np.testing.assert_allclose(array, expected[name], rtol=0, atol=EXACT[name], err_msg=name)
+    runner.close()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_truncated_engine_is_refused(
+    backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path, part: float
+) -> None:
+    options, record = RunnerOptions(device=case[1]), bundle.graphs["generator"]
+    engine = build(backend, bundle, "generator", tmp_path, options)
+    content = engine.read_bytes()
+    engine.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(BuildError, match=rf"refuses {re.escape(engine.name)}: ") as caught:
+        backend.load(engine, record.inputs, record.outputs, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", None])
+def test_nothing_is_built_from_what_is_no_graph(
+    backend: Backend, case: tuple[str, str], tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "broken.onnx").write_bytes(content)
+    engine = tmp_path / f"engine{backend.ENGINE_SUFFIX}"
+    with pytest.raises(BuildError, match=r"refuses broken\.onnx: ") as caught:
+        backend.build(tmp_path / "broken.onnx", engine, RunnerOptions(device=case[1]))
+    assert "\n" not in str(caught.value)
+    assert not engine.exists()
+
+
+def test_nothing_is_built_for_what_cannot_run(
+    backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path
+) -> None:
+    for options in (RunnerOptions(device="abacus"), RunnerOptions(device=case[1], precision="abacus")):
+        with pytest.raises(BackendUnavailableError, match="abacus'? cannot run here"):
+            build(backend, bundle, "generator", tmp_path, options)
+    assert not list(tmp_path.iterdir())
+
+
+def refusal_of(backend: Backend, options: RunnerOptions) -> str | None:
+    try:
+        backend.check_options(options)
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("precision", APPROXIMATE_PRECISIONS)
+def test_approximate_precision_is_refused_or_near(
+    backend: Backend, case: tuple[str, str], bundle: Bundle, runners: Mapping[str, Runner], precision: str
+) -> None:
+    options = RunnerOptions(device=case[1], precision=precision)
+    record = bundle.graphs["generator"]
+    refusal = refusal_of(backend, options)
+    if refusal is not None:
+        assert re.fullmatch(f"backend {case[0]}: precision {precision} cannot run here: .+", refusal)
+        with pytest.raises(BackendUnavailableError, match=re.escape(refusal)):
+            backend.load(record.path, record.inputs, record.outputs, options)
+        with pytest.raises(BackendUnavailableError, match=re.escape(refusal)):
+            Session.open(bundle.path, backend=case[0], device=case[1], precision=precision)
+        return
+    runner = backend.load(record.path, record.inputs, record.outputs, options)
+    found, expected = create_buffers(bundle, "generator", 2), create_buffers(bundle, "generator", 2)
+    runner.bind(found)()
+    runner.close()
+    runners["generator"].bind(expected)()
+    for name, array in outputs_of(bundle, "generator", found).items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=tolerances_of(precision)[name], err_msg=name)
+    with Session.open(bundle.path, backend=case[0], device=case[1], precision=precision, plain=True) as session:
+        check_parity(compare_with_expectation(session, load_expectation(session.bundle.expectation)), case[0])
 
 
 def test_session_meets_the_stored_expectation(case: tuple[str, str], toy_bundle: Path) -> None:

@@ -1,8 +1,10 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 from restyle_deploy.bundle import open_bundle
+from tests.bundles import PLAN, add_engine, edit_manifest
 from tests.cli.conftest import Run
 
 
@@ -39,3 +41,55 @@ def test_json_describes_the_graphs(run: Run, toy_bundle: Path) -> None:
     assert facts["graphs"]["encoder"]["bytes"] == (toy_bundle / "encoder.onnx").stat().st_size
     assert facts["engines"] == []
     assert facts["verification"] == json.loads((toy_bundle / "manifest.json").read_text())["verification"]
+
+
+def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, roles=("target",), library_versions={"onnxruntime": "1.2", "other": "3"}, processor="Abacus")
+    plan = {**PLAN, "origin": "table", "measurements": {}, "seconds": 0}
+    add_engine(bundle, precision="bf16", batch=1, plan=plan)
+    result = run("inspect", bundle)
+    assert result.exit_code == 0
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    first, second = lines.index("onnxruntime-cpu-fp32"), lines.index("onnxruntime-cpu-bf16")
+    described = [
+        dict(re.split(r": +", line, maxsplit=1) for line in part if ": " in line)
+        for part in (
+            lines[first:second],
+            lines[second : lines.index("verification")],
+        )
+    ]
+    assert described[0] == {
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "precision": "fp32",
+        "batch": "any",
+        "libraries": "onnxruntime 1.2, other 3",
+        "processor": "Abacus",
+        "graphs": "target, encoder, generator",
+        "plan": "tuned, measured for 3.5 s",
+        "generator.up.64": "polyphase  polyphase 1.25*, transposed 2.50 ms",
+        "encoder.input": "split",
+    }
+    assert (described[1]["batch"], described[1]["plan"]) == ("1", "table")
+    assert described[1]["generator.up.64"] == "polyphase"
+
+
+def test_json_describes_the_engines(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    engine = add_engine(bundle, roles=("target", "preview"))
+    facts = json.loads(run("inspect", bundle, "--json").stdout)
+    assert facts["engines"] == json.loads((bundle / "manifest.json").read_text())["engines"]
+    (described,) = facts["engines"]
+    assert described["plan"] == PLAN
+    assert described["files"] == dict(engine.files)
+    assert set(described["graphs"]) == {"encoder", "generator", "target", "preview"}
+
+
+def test_damaged_engine_is_one_line(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle)
+    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["plan"].pop("origin"))
+    result = run("inspect", bundle)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*manifest\.json: damaged \(KeyError: 'origin'\); export .*\n", result.stderr)

@@ -16,6 +16,7 @@ from restyle_deploy import Session
 from restyle_deploy.bundle import open_bundle
 from restyle_deploy.runtime import folder
 from restyle_deploy.runtime.images import save_image
+from tests.bundles import add_engine
 from tests.cli.conftest import Run
 from tests.pictures import write_bad_files, write_picture
 
@@ -76,8 +77,36 @@ def test_options_reach_the_session(
     monkeypatch.setattr(Session, "invert", record_invert)
     arguments = ("--threads", 1, "--batch-size", 2, "--backend", "onnxruntime", "--device", "cpu")
     assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", *arguments).exit_code == 0
-    assert opened == [{"backend": "onnxruntime", "device": "cpu", "threads": 1}]
-    assert batches == [2]
+    assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--plain").exit_code == 0
+    assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps").exit_code == 1
+    assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--precision", "bf16").exit_code == 1
+    default = {"precision": "fp32", "plain": False, "preview_steps": False}
+    cpu = {"backend": "onnxruntime", "device": "cpu", "threads": None, **default}
+    assert opened == [
+        {**cpu, "threads": 1},
+        {**cpu, "plain": True},
+        {**cpu, "preview_steps": True},
+        {**cpu, "precision": "bf16"},
+    ]
+    assert batches == [2, 1, 1]
+
+
+@pytest.mark.parametrize("option", ["--every-step", "--official-layout"])
+def test_previews_are_not_written(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, option: str) -> None:
+    result = run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps", option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--preview-steps renders the last step only, but every step is to be written" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_engine_that_cannot_be_used_is_one_line(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, library_versions={"onnxruntime": "0.1"})
+    result = run("invert", bundle, photos, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    command = re.escape(f"restyle-deploy build {bundle} --backend onnxruntime")
+    assert re.fullmatch(rf"Error: .*built with onnxruntime 0\.1, here is .*{command}.*--plain.*\n", result.stderr)
+    assert run("invert", bundle, photos, "-o", tmp_path / "out", "--plain").exit_code == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

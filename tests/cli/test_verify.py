@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from restyle_deploy.bundle import EXPECTATION
-from tests.bundles import replace_arrays
+from tests.bundles import add_engine, replace_arrays
 from tests.cli.conftest import Run
 
 
@@ -26,7 +26,7 @@ def test_good_bundle_is_ok(run: Run, toy_bundle: Path) -> None:
     result = run("verify", toy_bundle, "--threads", 1)
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0] == "files: unchanged since the export"
+    assert lines[0] == "files: unchanged"
     assert [line.split(":")[0] for line in lines[1:4]] == ["step 1", "step 2", "step 3"]
     assert lines[4] == f"{toy_bundle}: ok"
 
@@ -67,3 +67,21 @@ def test_changed_file_exits_with_1(run: Run, toy_bundle: Path, tmp_path: Path) -
         result = run("verify", bundle, *arguments)
         assert (result.exit_code, result.stdout) == (1, "")
         assert re.fullmatch(r"Error: .*encoder\.onnx: missing; export the bundle again\n", result.stderr)
+
+
+def test_options_reach_the_session(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, processor="Abacus")
+    result = run("verify", bundle)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*built on Abacus, this is .*restyle-deploy build .* --plain .*\n", result.stderr)
+    assert run("verify", bundle, "--plain").exit_code == 0
+    result = run("verify", bundle, "--precision", "bf16")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: backend onnxruntime: precision bf16 cannot run here: .*\n", result.stderr)
+
+
+def test_previews_cannot_be_verified(run: Run, toy_bundle: Path) -> None:
+    result = run("verify", toy_bundle, "--preview-steps")
+    assert result.exit_code == 2
+    assert re.search("No such option.*--preview-steps", result.stderr)

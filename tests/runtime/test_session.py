@@ -5,7 +5,6 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from restyle_deploy import InversionResult, Session
-from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, ShapeError, VerificationError
-from restyle_deploy.runtime import session as session_module
+from restyle_deploy.errors import BackendUnavailableError, BundleError, ShapeError, VerificationError
 from restyle_deploy.runtime.images import normalize_images, resize_image
 from restyle_deploy.runtime.session import LARGEST_VALUE, LOOPS_KEPT
-from tests.fakes import FakeRunner, create_session, encode, expected_latents, generate
+from tests.fakes import create_session, encode, expected_latents, generate
 from tests.pictures import picture
 
 TOLERANCE = 1e-5
@@ -234,11 +232,14 @@ def test_session_describes_itself(toy_bundle: Path) -> None:
     with Session.open(str(toy_bundle), threads=1) as session:
         description = session.describe()
         assert description["library_versions"].keys() == {"onnxruntime"}
-        assert {name: description[name] for name in ("backend", "device", "threads", "precision")} == {
+        del description["library_versions"]
+        assert description == {
             "backend": "onnxruntime",
             "device": "cpu",
             "threads": 1,
             "precision": "fp32",
+            "plan": "plain",
+            "preview_steps": False,
         }
         description.clear()
         assert session.describe()
@@ -269,22 +270,6 @@ def test_session_is_closed_after_an_error() -> None:
     assert encoder.closed == 1
 
 
-def test_graph_that_is_loaded_is_released_when_the_next_one_fails(
-    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = FakeRunner(encode)
-
-    def load(graph: Path, *_: object) -> FakeRunner:
-        if graph.name == "generator.onnx":
-            raise BuildError("refused")
-        return runner
-
-    monkeypatch.setattr(session_module, "load_backend", lambda name: SimpleNamespace(load=load))
-    with pytest.raises(BuildError, match="refused"):
-        Session.open(toy_bundle)
-    assert runner.closed == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -292,6 +277,7 @@ def test_graph_that_is_loaded_is_released_when_the_next_one_fails(
         ({"threads": 0}, ValueError, "threads is 0, expected at least 1"),
         ({"threads": -1}, ValueError, "threads is -1, expected at least 1"),
         ({"device": "abacus"}, BackendUnavailableError, "device 'abacus' cannot run here"),
+        ({"precision": "abacus"}, BackendUnavailableError, "precision abacus cannot run here"),
         ({"bundle": "nowhere"}, BundleError, "nowhere: no bundle"),
     ],
 )

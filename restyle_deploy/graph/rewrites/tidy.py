@@ -20,7 +20,7 @@ def tidy(model: ir.Model) -> ir.Model:
     for change in (
         IdentityEliminationPass(),
         RemoveUnusedNodesPass(),
-        RemoveUnusedFunctionsPass(),
+        RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         DeduplicateHashedInitializersPass(),
         TopologicalSortPass(),
     ):

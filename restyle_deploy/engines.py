@@ -1,0 +1,169 @@
+"""An engine's record in a bundle's manifest <-> `EngineRecord`."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from restyle_deploy.manifest import path_inside, plan_from_json, specs_from_json, texts_from_json, typed
+from restyle_deploy.model_config import ModelConfig, graph_specs
+from restyle_deploy.tensors import BATCH, TensorSpec
+
+ENGINES = "engines"
+TARGET_FEATURES = "target_features"
+
+Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """A graph of a bundle or of an engine: its file, the file's hash, and its border."""
+
+    path: Path
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """The graphs of a bundle as a backend has prepared them for one kind of machine.
+
+    Attributes:
+        backend, device, precision: what it was built for; a bundle has one engine for each.
+        directory: holds its files; inside the bundle's `engines`.
+        graphs: by role. `encoder` and `generator` always. `target` gives `target_features` for a target, and the
+            encoder then takes these instead. `preview` gives `current` for a latent, without the image.
+        files: the SHA-256 of every file, by its name in the directory.
+        library_versions: of the backend that built it.
+        processor: `processor.describe_processor()` of the machine that it was built on.
+        sources: the SHA-256 of the bundle's graphs that it was made from, by name.
+        batch: 1 when its graphs take one image at a time, None when any number.
+        plan: how each site of the graphs is computed, in plain values: `origin` (`tuned` or `table`), `choices`
+            {site: choice}, `measurements` {site: {choice: ms}} and the `seconds` that these took.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    directory: Path
+    graphs: Mapping[str, GraphRecord]
+    files: Mapping[str, str]
+    library_versions: Mapping[str, str]
+    processor: str
+    sources: Mapping[str, str]
+    batch: int | None
+    plan: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Backend, device and precision."""
+        return self.backend, self.device, self.precision
+
+    def files_of(self, roles: Collection[str]) -> dict[Path, str]:
+        """Return the files, with their SHA-256, that graphs of these roles may need.
+
+        A file belongs to a graph when its name begins with the stem of the graph's file; one that belongs to no graph
+        may be needed by any.
+        """
+        stems = {role: graph.path.with_suffix("").relative_to(self.directory) for role, graph in self.graphs.items()}
+        used = tuple(stem.as_posix() for role, stem in stems.items() if role in roles)
+        unused = tuple(stem.as_posix() for role, stem in stems.items() if role not in roles)
+        return {
+            self.directory / name: sha256
+            for name, sha256 in self.files.items()
+            if name.startswith(used) or not name.startswith(unused)
+        }
+
+
+def engine_directory(bundle: Path, *, backend: str, device: str, precision: str) -> Path:
+    """Return where in a bundle an engine's files lie."""
+    return bundle / ENGINES / f"{backend}-{device.replace(':', '')}-{precision}"
+
+
+def engine_as_json(engine: EngineRecord, bundle: Path) -> dict[str, Any]:
+    """Return an engine's record as the manifest of the bundle in this directory has it."""
+    return {
+        "backend": engine.backend,
+        "device": engine.device,
+        "precision": engine.precision,
+        "directory": engine.directory.relative_to(bundle).as_posix(),
+        "graphs": {
+            role: {
+                "file": graph.path.relative_to(engine.directory).as_posix(),
+                "sha256": graph.sha256,
+                "inputs": [asdict(spec) for spec in graph.inputs],
+                "outputs": [asdict(spec) for spec in graph.outputs],
+            }
+            for role, graph in engine.graphs.items()
+        },
+        "files": dict(engine.files),
+        "library_versions": dict(engine.library_versions),
+        "processor": engine.processor,
+        "sources": dict(engine.sources),
+        "batch": engine.batch,
+        "plan": dict(engine.plan),
+    }
+
+
+def engine_from_json(bundle: Path, record: Mapping[str, Any], config: ModelConfig) -> EngineRecord:
+    """Read an engine's record; no file is looked at.
+
+    Args:
+        bundle: the bundle's directory.
+        record: what `engine_as_json` returned, perhaps changed since.
+        config: the model, which the graphs have to fit.
+    Raises:
+        BundleError: a path leaves the engine's directory, or this the bundle's `engines`.
+        KeyError, TypeError, ValueError: something is missing, of another type, or does not fit.
+    """
+    stated = typed(record, "directory", str)
+    directory = path_inside(bundle, stated, of="bundle's engines", within=bundle / ENGINES)
+    files = texts_from_json(record, "files")
+    for name in files:
+        path_inside(directory, name, of=f"engine {stated}")
+    batch = record["batch"]
+    if batch is not None and (type(batch) is not int or batch != 1):
+        raise ValueError(f"the batch of {stated} is {batch!r}, expected 1 or null")
+    graphs = {role: _graph_from_json(directory, graph, files) for role, graph in typed(record, "graphs", dict).items()}
+    _check_borders({role: (graph.inputs, graph.outputs) for role, graph in graphs.items()}, config, batch)
+    return EngineRecord(
+        backend=typed(record, "backend", str),
+        device=typed(record, "device", str),
+        precision=typed(record, "precision", str),
+        directory=directory,
+        graphs=graphs,
+        files=files,
+        library_versions=texts_from_json(record, "library_versions"),
+        processor=typed(record, "processor", str),
+        sources=texts_from_json(record, "sources"),
+        batch=batch,
+        plan=plan_from_json(record),
+    )
+
+
+def _graph_from_json(directory: Path, record: Mapping[str, Any], files: Mapping[str, str]) -> GraphRecord:
+    name, sha256 = typed(record, "file", str), typed(record, "sha256", str)
+    if files.get(name) != sha256:
+        raise ValueError(f"the graph {name} is none of the engine's files")
+    inputs, outputs = specs_from_json(record, "inputs"), specs_from_json(record, "outputs")
+    return GraphRecord(path=directory / name, sha256=sha256, inputs=inputs, outputs=outputs)
+
+
+def _check_borders(found: Mapping[str, Border], config: ModelConfig, batch: int | None) -> None:
+    """Raise `ValueError` unless there are the graphs that a session needs, with inputs and outputs that fit."""
+    (target, current, latent), encoded = graph_specs(config)["encoder"]
+    expected = {**graph_specs(config), "preview": ((latent,), (current,))}
+    if "target" in found:
+        shapes = [spec.shape[1:] for spec in found["target"][1]]  # one, of any size: [C, h, w]
+        if [len(shape) for shape in shapes] != [3] or not all(isinstance(size, int) and size > 0 for size in shapes[0]):
+            raise ValueError(f"an engine's target gives {shapes}, expected {TARGET_FEATURES} [C, h, w]")
+        features = replace(target, name=TARGET_FEATURES, shape=(BATCH, *shapes[0]))
+        expected |= {"target": ((target,), (features,)), "encoder": ((features, current, latent), encoded)}
+    if not set(graph_specs(config)) <= set(found) <= set(expected):
+        raise ValueError(f"an engine has the graphs {', '.join(found) or 'none'}, expected {', '.join(expected)}")
+    for role, border in found.items():
+        for specs, fitting in zip(border, expected[role], strict=True):
+            sized = {replace(spec, shape=(BATCH if batch is None else batch, *spec.shape[1:])) for spec in fitting}
+            if len(specs) != len(sized) or set(specs) != sized:
+                raise ValueError(f"the inputs or outputs of an engine's {role} do not fit the model")

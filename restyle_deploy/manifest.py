@@ -1,0 +1,113 @@
+"""What a manifest says, taken by type, and the files that it names: inside the directory, and unchanged."""
+
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from restyle_deploy.errors import BundleError
+from restyle_deploy.files import sha256_of_file
+from restyle_deploy.tensors import TensorSpec
+
+PLAN_ORIGINS = ("tuned", "table")
+
+Value = TypeVar("Value")
+
+
+def typed(values: Mapping[str, Any], key: str, kind: type[Value]) -> Value:
+    """Return `values[key]`; raise `KeyError` or `TypeError` unless there is one of this type."""
+    return _check_type(values[key], key, kind)
+
+
+def texts_from_json(values: Mapping[str, Any], key: str) -> Mapping[str, str]:
+    """Return the object `values[key]`, all of whose values are texts; raise `KeyError` or `TypeError` otherwise."""
+    texts = typed(values, key, dict)
+    for name, text in texts.items():
+        _check_type(text, f"{key}.{name}", str)
+    return MappingProxyType(texts)
+
+
+def specs_from_json(record: Mapping[str, Any], side: str) -> tuple[TensorSpec, ...]:
+    """Return the inputs or outputs of a graph's record; raise `KeyError` or `TypeError` where there are none."""
+    return tuple(
+        TensorSpec(name=typed(spec, "name", str), dtype=typed(spec, "dtype", str), shape=_shape_from_json(spec))
+        for spec in typed(record, side, list)
+    )
+
+
+def plan_from_json(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the plan of an engine's record: `origin`, `choices`, `measurements` (ms) and `seconds`, perhaps more.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing or of another type, or a time is no time.
+    """
+    plan = typed(record, "plan", dict)
+    if plan["origin"] not in PLAN_ORIGINS:
+        raise ValueError(f"the plan's origin is {plan['origin']!r}, expected one of {', '.join(PLAN_ORIGINS)}")
+    texts_from_json(plan, "choices")
+    _check_time(plan["seconds"], "seconds")
+    for site, times in typed(plan, "measurements", dict).items():
+        for choice, time_ms in _check_type(times, f"measurements.{site}", dict).items():
+            _check_time(time_ms, f"measurements.{site}.{choice}")
+    return MappingProxyType(plan)
+
+
+def path_inside(directory: Path, name: str, *, of: str, within: Path | None = None) -> Path:
+    """Return `directory / name`; raise `BundleError` if it lies elsewhere, links followed.
+
+    Args:
+        directory: of the bundle or of an engine.
+        name: as the manifest has it.
+        of: what must hold the file, for the message.
+        within: a narrower directory that must hold it, below which it has to be.
+    """
+    path = directory / name
+    place, holder = path.resolve(), (within or directory).resolve()
+    if not place.is_relative_to(holder) or (within and place == holder):
+        raise BundleError(f"{directory}: {name} lies outside the {of}")
+    return path
+
+
+def check_hashes(expected: Mapping[Path, str], *, since: str, mend: str) -> None:
+    """Hash files, several at a time, and compare.
+
+    Args:
+        expected: SHA-256 by file.
+        since: what they have to be unchanged since, for the message.
+        mend: what to do about it, for the message.
+    Raises:
+        BundleError: a file is missing or has changed; the first one in the order given.
+    """
+    for path in expected:
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; {mend}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        found = dict(zip(expected, pool.map(sha256_of_file, expected), strict=True))
+    for path, sha256 in expected.items():
+        if found[path] != sha256:
+            raise BundleError(
+                f"{path}: changed since the {since} (sha256 {found[path][:12]}…, expected {sha256[:12]}…); {mend}"
+            )
+
+
+def _shape_from_json(spec: Mapping[str, Any]) -> tuple[int | str, ...]:
+    shape = typed(spec, "shape", list)
+    if not all(type(size) in (int, str) for size in shape):  # a bool would be an int
+        raise TypeError(f"shape is {shape!r}, expected a list of sizes")
+    return tuple(shape)
+
+
+def _check_type(value: Any, name: str, kind: type[Value]) -> Value:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _check_time(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}, expected a time")

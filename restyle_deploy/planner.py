@@ -1,0 +1,198 @@
+"""Measure the ways to compute each kind of site of a bundle's graphs on this machine, and choose the fastest."""
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
+from restyle_deploy.bench.measure import measure_interleaved
+from restyle_deploy.graph.edit import fix_batch
+from restyle_deploy.graph.plan import FAMILIES, Choices, Site
+from restyle_deploy.graph.rewrites.target_features import target_graph
+from restyle_deploy.graph.rewrites.tidy import tidy
+from restyle_deploy.tensors import BATCH, TensorSpec
+from restyle_deploy.tuning import Times
+
+# Short runs are repeated until they have taken so long together, within these bounds.
+MEASURED_MS = 300.0
+LEAST_REPEATS, MOST_REPEATS = 5, 30
+# A choice so much slower than the best one in its first run is not measured further.
+DROPPED_ABOVE = 2.0
+# The table's choice stays unless another one is faster by more than measuring errs.
+LEAST_GAIN = 0.03
+# Steps over which the target's graph, run once per image, is spread: upstream's default.
+STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How long measuring may go on.
+
+    Attributes:
+        seconds: from the making of this on.
+        now: seconds, monotonic.
+    """
+
+    seconds: float
+    now: Callable[[], float] = time.perf_counter
+    begin: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "begin", self.now())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.now() - self.begin
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more site may be begun."""
+        return self.elapsed >= self.seconds
+
+
+def choose(sites: Iterable[Site], times: Times, table: Choices) -> dict[str, str]:
+    """Return a choice for each site: the fastest where there are times, the table's elsewhere.
+
+    Args:
+        sites: of the graphs.
+        times: what was measured, perhaps for other sites too.
+        table: family -> choice.
+    """
+    choices = {}
+    for site in sites:
+        usual, measured = table[site.family], times.get(site.key, {})
+        known = {choice: time_ms for choice, time_ms in measured.items() if choice in FAMILIES[site.family].choices}
+        fastest = min(known, key=known.__getitem__, default=usual)
+        gains = usual not in known or known[fastest] < (1 - LEAST_GAIN) * known[usual]
+        choices[site.name] = fastest if gains else usual
+    return choices
+
+
+def measure_sites(
+    model: ir.Model,
+    sites: Iterable[Site],
+    *,
+    backend: Backend,
+    options: RunnerOptions,
+    clock: Clock,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, float]]:
+    """Time all choices of each kind of site, each as a small graph cut out of the exported one.
+
+    Args:
+        model: the exported graph; not changed.
+        sites: of this graph. One is measured for each key, the heaviest first.
+        backend: builds and runs the small graphs.
+        options: how they run.
+        clock: when it is over, the sites not begun are left out.
+        progress: told the kind of site that is being measured.
+    Returns:
+        Medians in milliseconds at batch 1, by key and choice.
+    Raises:
+        BuildError: the backend refuses a graph.
+    """
+    groups: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        groups[site.key].append(site)
+    times: dict[str, dict[str, float]] = {}
+    for key, group in sorted(groups.items(), key=lambda item: -item[1][0].work * len(item[1])):
+        if clock.is_over:
+            break
+        progress(key)
+        times[key] = _measure_site(model, group[0], backend, options)
+    return times
+
+
+def _measure_site(model: ir.Model, site: Site, backend: Backend, options: RunnerOptions) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="restyle-deploy-") as folder:
+        runs: dict[str, Callable[[], None]] = {}
+        extra_runs: dict[str, Callable[[], None]] = {}
+        runners: list[Runner] = []
+        try:
+            for choice in FAMILIES[site.family].choices:
+                part, extra = _candidate(model, site, choice)
+                for graph, target in ((part, runs), (extra, extra_runs)):
+                    if graph is not None:
+                        runner, run = _load(graph, Path(folder), f"{len(runners)}", backend, options)
+                        runners.append(runner)
+                        target[choice] = run
+            first = measure_interleaved(runs, warmup=0, repeats=1)
+            again = measure_interleaved(runs, warmup=0, repeats=1)  # the first run of a graph also allocates
+            best = min(latency.median_ms for latency in again.values())
+            kept = {choice: run for choice, run in runs.items() if again[choice].median_ms <= DROPPED_ABOVE * best}
+            repeats = repeats_for(best)
+            measured = measure_interleaved(kept, warmup=0, repeats=repeats)
+            extra_times = measure_interleaved(extra_runs, warmup=1, repeats=repeats) if extra_runs else {}
+        finally:
+            for runner in runners:
+                runner.close()
+    times = {choice: latency.median_ms for choice, latency in {**first, **again, **measured}.items()}
+    for choice, latency in extra_times.items():
+        times[choice] += latency.median_ms / STEPS
+    return times
+
+
+def _candidate(model: ir.Model, site: Site, choice: str) -> tuple[ir.Model, ir.Model | None]:
+    """Cut a site out and rewrite it: (graph, graph that runs once per image)."""
+    part = _extract(model, site)
+    extra = None
+    rewrite = FAMILIES[site.family].rewrites.get(choice)
+    if rewrite is not None:
+        extra = target_graph(part) if site.family == "target" else None
+        rewrite(part, layers=[site.layer])
+    return tidy(part), extra
+
+
+def _extract(model: ir.Model, site: Site) -> ir.Model:
+    graph = ir.convenience.extract(model.graph, inputs=list(site.inputs), outputs=list(site.outputs))
+    functions = [function.clone() for function in model.functions.values()]
+    return ir.Model(graph, ir_version=model.ir_version, functions=functions)
+
+
+def _load(
+    model: ir.Model, folder: Path, stem: str, backend: Backend, options: RunnerOptions
+) -> tuple[Runner, Callable[[], None]]:
+    """Build and load a graph, and bind random inputs of batch 1."""
+    path, engine = folder / f"{stem}.graph.onnx", folder / f"{stem}{backend.ENGINE_SUFFIX}"
+    fix_batch(model, backend.ENGINE_BATCH)
+    ir.save(model, path, external_data=f"{stem}.data")
+    backend.build(path, engine, options)
+    inputs, outputs = specs_of(model)
+    runner = backend.load(engine, inputs, outputs, options)
+    return runner, bind_random(runner, inputs, outputs)
+
+
+def repeats_for(run_ms: float) -> int:
+    """Return how often to repeat a run that takes so long."""
+    return min(MOST_REPEATS, max(LEAST_REPEATS, int(MEASURED_MS / run_ms)))
+
+
+def bind_random(runner: Runner, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Callable[[], None]:
+    """Bind random inputs of batch 1, normally distributed, the same for the same specs."""
+    buffers = {spec.name: spec.allocate(1) for spec in inputs + outputs}
+    random = np.random.default_rng(0)
+    for spec in inputs:
+        random.standard_normal(out=buffers[spec.name], dtype=np.float32)
+    return runner.bind(buffers)
+
+
+def specs_of(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the specs of a graph's inputs and outputs: float32, the first axis is the batch."""
+    inputs, outputs = (tuple(_spec(value) for value in values) for values in (model.graph.inputs, model.graph.outputs))
+    return inputs, outputs
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None
+    batch, *sizes = value.shape
+    known = tuple(size for size in sizes if isinstance(size, int))
+    assert len(known) == len(sizes), f"{value.name} has the shape {value.shape}"
+    return TensorSpec(name=value.name, dtype="float32", shape=(batch if isinstance(batch, int) else BATCH, *known))

@@ -1,0 +1,73 @@
+"""What tuning measured, kept in the bundle: another build on such a machine need not measure it again."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from restyle_deploy.engines import ENGINES
+from restyle_deploy.files import replace_when_complete
+
+LOGGER = logging.getLogger(__name__)
+FILE_NAME = "tuning.json"
+FORMAT_VERSION = 1
+
+Times = Mapping[str, Mapping[str, float]]
+"""Kind of site -> choice -> milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What times depend on beside the graphs.
+
+    Attributes:
+        backend, device, precision, threads: how the graphs ran; `threads` is None for the backend's choice.
+        library_versions: of the backend.
+        processor: `processor.describe_processor()`.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    threads: int | None
+    library_versions: Mapping[str, str]
+    processor: str
+
+
+def read_times(bundle: Path, conditions: Conditions) -> dict[str, dict[str, float]]:
+    """Return what was measured under these conditions; nothing where nothing was, or where the file is damaged."""
+    for entry in _read_entries(bundle):
+        if entry["conditions"] == asdict(conditions):
+            return {key: dict(times) for key, times in entry["times"].items()}
+    return {}
+
+
+def write_times(bundle: Path, conditions: Conditions, times: Times) -> None:
+    """Keep times, instead of those that were kept for the same conditions."""
+    others = [entry for entry in _read_entries(bundle) if entry["conditions"] != asdict(conditions)]
+    entries = [*others, {"conditions": asdict(conditions), "times": times}]
+    with replace_when_complete(bundle / ENGINES / FILE_NAME) as temporary:
+        content = {"format_version": FORMAT_VERSION, "entries": entries}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_entries(bundle: Path) -> list[dict[str, Any]]:
+    """Return the entries of the file; it only saves time, so one that is damaged counts as absent."""
+    path = bundle / ENGINES / FILE_NAME
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content["entries"] if content["format_version"] == FORMAT_VERSION else []
+        return [entry for entry in entries if _is_entry(entry)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        LOGGER.warning("%s: damaged (%s); what it held is measured again", path, error)
+        return []
+
+
+def _is_entry(entry: Any) -> bool:
+    times = entry["times"].values()
+    numbers = [number for choices in times for number in choices.values()]
+    return isinstance(entry["conditions"], dict) and all(isinstance(number, float) and number > 0 for number in numbers)
