@@ -37,6 +37,9 @@ JOBS: Mapping[str, Job] = {
     "export": Job(
         extra="export", packages={"onnx": (1, 19), "onnxscript": (0, 5), "torch": (2, 9)}, backend_needed=True
     ),
+    "build": Job(
+        extra="build", packages={"onnx": (1, 19), "onnx-ir": (1, 0), "onnxscript": (0, 5)}, backend_needed=True
+    ),
     "bench": Job(extra="bench", packages={"matplotlib": (3, 8), "scikit-image": (0, 22)}, backend_needed=True),
     "train": Job(
         extra="train",

@@ -29,6 +29,7 @@ EVERYTHING = {
     "onnxruntime": "1.32.0",
     "openvino": "2026.4.1",
     "onnx": "1.23.2",
+    "onnx-ir": "1.1.0",
     "onnxscript": "0.7.2",
     "torch": "2.13.0+cpu",
     "matplotlib": "3.11.2",

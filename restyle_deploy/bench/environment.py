@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from restyle_deploy.processor import describe_processor
+
 PACKAGES = (
     "restyle-deploy",
     "numpy",
@@ -30,7 +32,7 @@ class Environment:
     Attributes:
         python: version of the interpreter.
         platform: operating system, its version and the architecture.
-        cpu: the processor's model name.
+        cpu: the processor's model name and the instruction sets that matter.
         logical_cores: of the machine.
         usable_cores: those this process may run on.
         load_average: mean number of running processes over the last 1, 5 and 15 minutes.
@@ -54,20 +56,13 @@ def describe_environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        cpu=_read_cpu_model(Path("/proc/cpuinfo")),
+        cpu=describe_processor(),
         logical_cores=logical_cores,
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical_cores,
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         packages=_installed_versions(),
         commit=_read_commit(Path(__file__).parents[2]),
     )
-
-
-def _read_cpu_model(cpuinfo: Path) -> str:
-    """Return the model name, from Linux's list where there is one."""
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _installed_versions() -> dict[str, str]:

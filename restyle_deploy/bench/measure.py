@@ -49,6 +49,30 @@ class Latency:
         return self.iqr_ms > UNSTABLE_ABOVE * self.median_ms
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepLatency:
+    """A `Latency`, with its figures written out."""
+
+    median_ms: float
+    p95_ms: float
+    iqr_ms: float
+    unstable: bool
+    samples_ms: tuple[float, ...]
+    warmup_ms: tuple[float, ...]
+
+
+def step_latency_from(latency: Latency) -> StepLatency:
+    """Write a latency's figures out."""
+    return StepLatency(
+        median_ms=latency.median_ms,
+        p95_ms=latency.p95_ms,
+        iqr_ms=latency.iqr_ms,
+        unstable=latency.is_unstable,
+        samples_ms=latency.samples_ms,
+        warmup_ms=latency.warmup_ms,
+    )
+
+
 def measure_interleaved(
     runs: Mapping[Cell, Callable[[], object]],
     *,

@@ -1,14 +1,13 @@
 """report.json: everything that was measured and where, enough to draw all charts from."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
 
+from restyle_deploy.bench.comparison import Against, Exact, Ratio
 from restyle_deploy.bench.environment import Environment
-from restyle_deploy.bench.measure import UNSTABLE_ABOVE, Latency
+from restyle_deploy.bench.measure import UNSTABLE_ABOVE, StepLatency
+from restyle_deploy.bench.parsing import parse
 from restyle_deploy.bench.quality import METRICS, ImageQuality
 from restyle_deploy.errors import ReportError
 from restyle_deploy.files import replace_when_complete
@@ -38,18 +37,6 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepLatency:
-    """A `Latency`, with its figures written out."""
-
-    median_ms: float
-    p95_ms: float
-    iqr_ms: float
-    unstable: bool
-    samples_ms: tuple[float, ...]
-    warmup_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class NamedQuality:
     """The quality of one image."""
 
@@ -76,9 +63,12 @@ class Report:
         environment: the machine and its software.
         bundle: what was measured.
         session: backend, device, threads and library versions, as the session describes itself.
-        parity: largest differences from the reference model; within tolerance, or there is no report.
+        parity: largest differences from the reference model, of the exact session where the measured one is
+            approximate; within tolerance, or there is no report.
         settings: what was asked for.
         rows: one per step count, rising; at least one.
+        against: the reference model, where it was measured too.
+        exact: the exact session, where the measured one is approximate.
         format_version: of the file.
     """
 
@@ -89,19 +79,9 @@ class Report:
     parity: dict[str, object]
     settings: Settings
     rows: tuple[Row, ...]
+    against: Against | None = None
+    exact: Exact | None = None
     format_version: int = FORMAT_VERSION
-
-
-def step_latency_from(latency: Latency) -> StepLatency:
-    """Write a latency's figures out."""
-    return StepLatency(
-        median_ms=latency.median_ms,
-        p95_ms=latency.p95_ms,
-        iqr_ms=latency.iqr_ms,
-        unstable=latency.is_unstable,
-        samples_ms=latency.samples_ms,
-        warmup_ms=latency.warmup_ms,
-    )
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -129,9 +109,9 @@ def read_report(path: Path) -> Report:
             "make the report anew: restyle-deploy bench BUNDLE IMAGES -o DIR"
         )
     problems: list[str] = []
-    report: Report = _parse(Report, content, "report", problems)
-    if not problems and not (report.rows and all(row.latency.samples_ms for row in report.rows)):
-        problems.append("no rows, or a row without samples_ms")
+    report: Report = parse(Report, content, "report", problems)
+    if not problems:
+        problems += _check_rows(report)
     if problems:
         raise ReportError(f"{path}: not a complete report: {'; '.join(problems)}")
     return report
@@ -141,7 +121,9 @@ def format_table(report: Report) -> str:
     """Return a plain-text table: a line per step count, latency relative to the first line's."""
     header = ["steps", "median ms", "p95 ms", "relative", *(metric.label for metric in METRICS)]
     lines = [header] + [_table_cells(row, report.rows[0]) for row in report.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for columns in (_exact_columns(report), _against_columns(report)):
+        lines = [line + more for line, more in zip(lines, columns, strict=True)] if columns else lines
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     if any(row.latency.unstable for row in report.rows):
         text.append(f"! unstable: interquartile range above {UNSTABLE_ABOVE:.0%} of the median")
@@ -149,46 +131,60 @@ def format_table(report: Report) -> str:
 
 
 def _table_cells(row: Row, first: Row) -> list[str]:
-    latency, mark = row.latency, "! " if row.latency.unstable else ""
-    ratio = latency.median_ms / first.latency.median_ms
+    ratio = row.latency.median_ms / first.latency.median_ms
     quality = [getattr(row.quality, metric.name) for metric in METRICS]
     return [
         str(row.steps),
-        f"{mark}{latency.median_ms:.2f}",
-        f"{latency.p95_ms:.2f}",
+        _median(row.latency),
+        f"{row.latency.p95_ms:.2f}",
         f"x{ratio:.2f}",
-        *(
-            "infinite" if value is None else f"{value:.{metric.decimals}f}"
-            for metric, value in zip(METRICS, quality, strict=True)
-        ),
+        *(_decimals(value, metric.decimals) for metric, value in zip(METRICS, quality, strict=True)),
     ]
 
 
-def _parse(kind: Any, value: object, where: str, problems: list[str]) -> Any:
-    """Return JSON's `value` as `kind` (a dataclass, a plain type, a tuple, or one of them or None); note problems."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _parse_dataclass(kind, value, where, problems)
-    arguments = get_args(kind)
-    if isinstance(kind, UnionType):
-        return None if value is None else _parse(arguments[0], value, where, problems)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value))
-    plain = get_origin(kind) or kind
-    accepted, name = {float: ((float, int), "number"), tuple: (list, "list")}.get(plain, (plain, plain.__name__))
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        problems.append(f"{where} is {type(value).__name__}, not {name}")
-    return value
+def _exact_columns(report: Report) -> list[list[str]]:
+    """Return the header and the cells of what an approximate session gains and costs; nothing for an exact one."""
+    if report.exact is None:
+        return []
+    header = ["exact ms", "exact/this (quartiles)", "PSNR to exact (dB)", "latent error"]
+    return [header] + [
+        [
+            _median(row.latency),
+            _ratio(row.ratio),
+            _decimals(row.difference.psnr_db, 1),
+            f"{row.difference.latent_error:.1e}",
+        ]
+        for row in report.exact.rows
+    ]
 
 
-def _parse_dataclass(kind: type, value: object, where: str, problems: list[str]) -> Any:
-    if not isinstance(value, Mapping):
-        problems.append(f"{where} is {type(value).__name__}, not an object")
-        return None
-    missing = [field.name for field in fields(kind) if field.name not in value]
-    problems.extend(f"{where}.{name} is missing" for name in missing)
-    parsed = {
-        field.name: _parse(field.type, value[field.name], f"{where}.{field.name}", problems)
-        for field in fields(kind)
-        if field.name in value
-    }
-    return None if missing else kind(**parsed)
+def _against_columns(report: Report) -> list[list[str]]:
+    if report.against is None:
+        return []
+    name = report.against.reference["library"]
+    header = [f"{name} ms", f"{name}/this (quartiles)"]
+    return [header] + [[_median(row.latency), _ratio(row.ratio)] for row in report.against.rows]
+
+
+def _median(latency: StepLatency) -> str:
+    return f"{'! ' if latency.unstable else ''}{latency.median_ms:.2f}"
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f})"
+
+
+def _decimals(value: float | None, decimals: int) -> str:
+    return "infinite" if value is None else f"{value:.{decimals}f}"
+
+
+def _check_rows(report: Report) -> list[str]:
+    """Return what is wrong with the rows: none, one without samples, or other step counts beside them."""
+    problems = []
+    if not (report.rows and all(row.latency.samples_ms for row in report.rows)):
+        problems.append("no rows, or a row without samples_ms")
+    steps = [row.steps for row in report.rows]
+    for name, compared in (("against", report.against), ("exact", report.exact)):
+        if compared is not None and [row.steps for row in compared.rows] != steps:
+            problems.append(f"report.{name} has other step counts than the report")
+    return problems

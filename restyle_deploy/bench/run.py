@@ -1,39 +1,36 @@
 """The benchmark: quality over all images and latency, for each step count."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.bench.charts import draw_charts, draw_strip
+from restyle_deploy.bench.charts import draw_charts
+from restyle_deploy.bench.comparison import Against, ComparedRow, Exact, ExactRow, Ratio, ratio_from_samples
 from restyle_deploy.bench.environment import describe_environment
-from restyle_deploy.bench.libraries import require_bench_libraries
-from restyle_deploy.bench.measure import Latency, measure_interleaved
-from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality
-from restyle_deploy.bench.report import (
-    BundleFacts,
-    NamedQuality,
-    Report,
-    Row,
-    Settings,
-    step_latency_from,
-    write_report,
-)
+from restyle_deploy.bench.inversions import StepResults, count_steps, measure_inversions
+from restyle_deploy.bench.libraries import REFERENCES, require_bench_libraries, require_reference_libraries
+from restyle_deploy.bench.measure import Latency, measure_interleaved, step_latency_from
+from restyle_deploy.bench.quality import Quality
+from restyle_deploy.bench.reference import TorchReference, check_reference, open_torch_reference
+from restyle_deploy.bench.report import BundleFacts, NamedQuality, Report, Row, Settings, write_report
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.images import normalize_images, pool_images, resize_image, uint8_from_images
+from restyle_deploy.runtime.images import normalize_images, resize_image
 from restyle_deploy.runtime.session import Session
-from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
+from restyle_deploy.verify import Parity, check_parity, compare_with_expectation, load_expectation
 
 REPORT_NAME = "report.json"
-STRIPS_FOLDER = "strips"
-MAX_QUALITY_BATCH = 8
-KEPT_IMAGES_BYTES = 256 * 2**20  # of one batch, every step
+
+Cell = tuple[str, int]  # who is called, and its step count
+MEASURED, EXACT, AGAINST = "session", "exact", "against"
 
 
 def run_bench(
@@ -46,11 +43,14 @@ def run_bench(
     repeats: int = 10,
     progress: Callable[[int, int], None] | None = None,
     strip_count: int = 8,
+    exact: Session | None = None,
+    against: str | None = None,
 ) -> Report:
     """Measure quality and latency for each step count; write report.json, the charts and the strips.
 
     Quality is counted over all images at the encoder's input size, where upstream's loss counts it. Latency is that of
-    a whole `session.invert` call at batch 1, its input ready in memory as float32, the step counts in turn.
+    a whole `session.invert` call at batch 1, its input ready in memory as float32, the step counts in turn. What an
+    approximate session is compared with, and the reference model, take their turns in the same rounds.
 
     Args:
         session: an opened bundle.
@@ -61,43 +61,93 @@ def run_bench(
         repeats: measured calls per step count.
         progress: told the refinement steps done and their total.
         strip_count: strips are drawn for the first so many images.
+        exact: an exact session of the same bundle and backend; given if and only if `session` is approximate.
+        against: one of `libraries.REFERENCES`: also measure the reference model, rebuilt from the bundle.
     Raises:
-        ValueError: no images or step counts, or unusable ones.
-        VerificationError: the session does not compute what the reference model does; nothing is measured then.
+        ValueError: no images or step counts, or unusable ones; or `exact` is missing, approximate or not wanted.
+        VerificationError: the (exact) session does not compute what the reference model does; nothing is measured then.
         ReportError: `output` cannot be written.
-        BackendUnavailableError: the `bench` extra is not installed.
+        BackendUnavailableError: the `bench` extra is not installed, or what `against` needs.
+        BundleError: the reference model cannot be rebuilt.
     """
     require_bench_libraries()
+    if against is not None:
+        require_reference_libraries()
     steps = _check_steps(steps)
     _check_names([name for name, _ in images])
+    _check_sessions(session, exact, against)
     _prepare_folder(output)
-    parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
-    check_parity(parity, session.bundle.path.name)
+    parity = _check_parity(exact or session)
     environment = describe_environment()
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     targets = _targets_from_images(images, session.bundle.config)
-    total = len(targets) * steps[-1] + (warmup + repeats) * sum(steps)
-    tick = _counter(progress, total)
     names = [name for name, _ in images]
-    qualities = _measure_qualities(session, names, targets, output, steps=steps, strip_count=strip_count, tick=tick)
-    latencies = measure_interleaved(
-        {count: partial(session.invert, targets[:1], steps=count) for count in steps},
-        warmup=warmup,
-        repeats=repeats,
-        after_call=tick,
-    )
+    with _open_contenders(session, exact, against) as contenders:
+        inverted = len(targets) * sum(count_steps(each, steps) for each in (session, exact) if each)
+        tick = _counter(progress, inverted + (warmup + repeats) * sum(steps) * len(contenders))
+        results = measure_inversions(
+            session, targets, names, output, steps=steps, exact=exact, strip_count=strip_count, tick=tick
+        )
+        latencies = measure_interleaved(
+            {
+                (who, count): partial(contender.invert, targets[:1], steps=count)
+                for who, contender in contenders.items()
+                for count in steps
+            },
+            warmup=warmup,
+            repeats=repeats,
+            after_call=lambda cell: tick(cell[1]),
+        )
+        descriptions = {who: contender.describe() for who, contender in contenders.items()}
     report = Report(
         created=created,
         environment=environment,
         bundle=_facts_of_bundle(session.bundle),
-        session=session.describe(),
+        session=descriptions[MEASURED],
         parity=parity.as_json(),
         settings=Settings(batch=1, warmup=warmup, repeats=repeats, image_count=len(images), steps=steps),
-        rows=tuple(_row(count, latencies[count], qualities[count], names) for count in steps),
+        rows=tuple(_row(count, latencies[MEASURED, count], results[count].quality, names) for count in steps),
+        against=_against(descriptions, latencies, steps),
+        exact=_exact(descriptions, latencies, results),
     )
     write_report(report, output / REPORT_NAME)
     draw_charts(output / REPORT_NAME, output)
     return report
+
+
+def _check_sessions(session: Session, exact: Session | None, against: str | None) -> None:
+    if against is not None and against not in REFERENCES:
+        raise ValueError(f"against is {against!r}, expected one of {', '.join(REFERENCES)}")
+    if session.is_approximate != (exact is not None):
+        raise ValueError(
+            "the session is approximate: pass an exact session of the same bundle and backend as `exact`"
+            if exact is None
+            else "the session is exact: it is compared with no other session"
+        )
+    if exact is not None and exact.is_approximate:
+        raise ValueError("the session passed as `exact` is approximate")
+
+
+def _check_parity(session: Session) -> Parity:
+    parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
+    check_parity(parity, session.bundle.path.name)
+    return parity
+
+
+@contextmanager
+def _open_contenders(
+    session: Session, exact: Session | None, against: str | None
+) -> Iterator[dict[str, Session | TorchReference]]:
+    """Yield all that is measured, by `MEASURED`, `EXACT` and `AGAINST`; the reference model is opened and checked."""
+    contenders: dict[str, Session | TorchReference] = {MEASURED: session}
+    if exact is not None:
+        contenders[EXACT] = exact
+    if against is None:
+        yield contenders
+        return
+    with open_torch_reference(session.bundle, threads=session.describe()["threads"]) as reference:
+        check_reference(reference, exact or session)
+        yield {**contenders, AGAINST: reference}
 
 
 def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -141,43 +191,6 @@ def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callabl
     return add
 
 
-def _measure_qualities(
-    session: Session,
-    names: Sequence[str],
-    targets: NDArray[np.float32],
-    output: Path,
-    *,
-    steps: tuple[int, ...],
-    strip_count: int,
-    tick: Callable[[int], None],
-) -> dict[int, Quality]:
-    """Invert all images, compare each step count's images with the targets, and draw the strips."""
-    per_image: dict[int, list[ImageQuality]] = {count: [] for count in steps}
-    batch = _quality_batch(session.bundle.config, steps[-1])
-    for first in range(0, len(targets), batch):
-        part = targets[first : first + batch]
-        every_step = session.invert(part, steps=steps[-1], every_step=True).images
-        pooled = pool_images(every_step[[count - 1 for count in steps]], session.bundle.config.input_shape)
-        for count, images in zip(steps, pooled, strict=True):
-            per_image[count].extend(measure_quality(images, part).per_image)
-        for index in range(first, min(first + len(part), strip_count)):
-            path = output / STRIPS_FOLDER / f"{names[index]}.png"
-            _draw_strip(targets[index], pooled[:, index - first], steps, path)
-        tick(len(part) * steps[-1])
-    return {count: Quality(per_image=tuple(images)) for count, images in per_image.items()}
-
-
-def _quality_batch(config: ModelConfig, steps: int) -> int:
-    image_bytes = 3 * config.image_shape[0] * config.image_shape[1] * np.dtype(np.float32).itemsize
-    return max(1, min(MAX_QUALITY_BATCH, KEPT_IMAGES_BYTES // (steps * image_bytes)))
-
-
-def _draw_strip(target: NDArray[np.float32], images: NDArray[np.float32], steps: tuple[int, ...], path: Path) -> None:
-    """Draw a strip of the input [3, h, w] and the step counts' images [K, 3, h, w]."""
-    captions = [f"step {count}" for count in steps]
-    draw_strip(uint8_from_images(target), list(zip(captions, uint8_from_images(images), strict=True)), path)
-
-
 def _facts_of_bundle(bundle: Bundle) -> BundleFacts:
     return BundleFacts(
         name=bundle.path.resolve().name,
@@ -196,3 +209,46 @@ def _row(steps: int, latency: Latency, quality: Quality, names: Sequence[str]) -
             NamedQuality(name=name, quality=image) for name, image in zip(names, quality.per_image, strict=True)
         ),
     )
+
+
+def _against(
+    descriptions: Mapping[str, dict[str, Any]], latencies: Mapping[Cell, Latency], steps: tuple[int, ...]
+) -> Against | None:
+    if AGAINST not in descriptions:
+        return None
+    return Against(
+        reference=descriptions[AGAINST],
+        rows=tuple(
+            ComparedRow(
+                steps=count,
+                latency=step_latency_from(latencies[AGAINST, count]),
+                ratio=_ratio(latencies, AGAINST, count),
+            )
+            for count in steps
+        ),
+    )
+
+
+def _exact(
+    descriptions: Mapping[str, dict[str, Any]], latencies: Mapping[Cell, Latency], results: Mapping[int, StepResults]
+) -> Exact | None:
+    if EXACT not in descriptions:
+        return None
+    rows = []
+    for count, result in results.items():
+        assert result.exact_quality is not None
+        assert result.difference is not None
+        rows.append(
+            ExactRow(
+                steps=count,
+                latency=step_latency_from(latencies[EXACT, count]),
+                ratio=_ratio(latencies, EXACT, count),
+                quality=result.exact_quality.mean,
+                difference=result.difference,
+            )
+        )
+    return Exact(session=descriptions[EXACT], rows=tuple(rows))
+
+
+def _ratio(latencies: Mapping[Cell, Latency], who: str, steps: int) -> Ratio:
+    return ratio_from_samples(latencies[who, steps].samples_ms, latencies[MEASURED, steps].samples_ms)

@@ -44,12 +44,33 @@ def test_charts_come_from_the_file_alone(report: Report, tmp_path: Path) -> None
 )
 def test_every_point_is_labelled_where_it_lies(report: Report, metric: Metric, labels: list[str]) -> None:
     axes = Figure().subplots()
-    charts._draw_panel(axes, metric, report.rows)
+    charts._draw_panel(axes, metric, charts.series_of(report))
     notes = [text for text in axes.texts if isinstance(text, Annotation)]
     assert [note.get_text() for note in notes] == labels
     assert [note.xy for note in notes] == [
         (row.latency.median_ms, getattr(row.quality, metric.name)) for row in report.rows[: len(labels)]
     ]
+
+
+def test_everything_measured_has_a_line_of_its_own(report_against: Report, tmp_path: Path) -> None:
+    write_report(report_against, tmp_path / "report.json")
+    lines = charts.series_of(report_against)
+    assert [line.label for line in lines] == [
+        "bf16 and preview steps: at worst 41.0 dB from exact, latents 5.0e-02",
+        "exact (float32)",
+        "torch: 10.0 to 10.0 times as long",
+    ]
+    assert len({(line.marker, line.dash) for line in lines}) == 3
+    assert [latency.median_ms for _, latency, _ in lines[2].points] == [100, 200, 500]
+    _, svg = draw_charts(tmp_path / "report.json", tmp_path)
+    assert all(f"<!-- {line.label} -->" in svg.read_text() for line in lines)
+
+
+def test_far_lines_share_a_logarithmic_axis(report_against: Report, report: Report) -> None:
+    for shown, scale in ((report_against, "log"), (report, "linear")):
+        axes = Figure().subplots()
+        charts._draw_panel(axes, METRICS[0], charts.series_of(shown))
+        assert axes.get_xscale() == scale
 
 
 def test_svg_names_the_bundle_and_the_machine(report: Report, tmp_path: Path) -> None:

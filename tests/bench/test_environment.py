@@ -8,13 +8,14 @@ import pytest
 
 from restyle_deploy.bench import environment
 from restyle_deploy.bench.environment import describe_environment
+from restyle_deploy.processor import describe_processor
 
 
 def test_this_machine_is_described() -> None:
     found = describe_environment()
     assert found.python == platform.python_version()
     assert found.packages["numpy"] == np.__version__
-    assert found.cpu
+    assert found.cpu == describe_processor()
     assert 1 <= found.usable_cores <= found.logical_cores
 
 
@@ -26,13 +27,6 @@ def test_what_a_platform_lacks_is_left_open(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.load_average is None
     assert found.usable_cores == found.logical_cores
     assert found.packages == {}
-
-
-def test_cpu_model_comes_from_the_list_of_linux(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 1\nmodel name\t: Good CPU @ 2 GHz\nmodel name\t: other\n")
-    assert environment._read_cpu_model(cpuinfo) == "Good CPU @ 2 GHz"
-    assert environment._read_cpu_model(tmp_path / "absent") == (platform.processor() or platform.machine())
 
 
 def test_commit_is_that_of_the_checkout(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restyle_deploy.bench.measure import Latency, measure_interleaved
+from restyle_deploy.bench.measure import Latency, measure_interleaved, step_latency_from
 
 
 class FakeClock:
@@ -98,3 +98,10 @@ def test_too_few_calls_are_refused(warmup: int, repeats: int) -> None:
 def test_nothing_to_run_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0 calls"):
         measure_interleaved({}, warmup=0, repeats=1)
+
+
+def test_figures_of_a_latency_are_written_out() -> None:
+    latency = Latency(warmup_ms=(9.0,), samples_ms=(1.0, 2.0, 3.0))
+    written = step_latency_from(latency)
+    assert (written.median_ms, written.iqr_ms, written.unstable) == (2.0, 1.0, True)
+    assert (written.warmup_ms, written.samples_ms) == ((9.0,), (1.0, 2.0, 3.0))

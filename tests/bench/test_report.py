@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from restyle_deploy.bench.measure import Latency
-from restyle_deploy.bench.report import Report, format_table, read_report, step_latency_from, write_report
+from restyle_deploy.bench.report import Report, format_table, read_report, write_report
 from restyle_deploy.errors import ReportError
 
 
@@ -22,6 +21,25 @@ def strict_json(path: Path) -> dict[str, Any]:
 def test_round_trip(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.json")
     assert read_report(tmp_path / "report.json") == report
+
+
+def test_round_trip_of_all_that_may_be_compared(report_against: Report, tmp_path: Path) -> None:
+    write_report(report_against, tmp_path / "report.json")
+    assert read_report(tmp_path / "report.json") == report_against
+
+
+@pytest.mark.parametrize("name", ["demo-faces.json", "demo-photos.json"])
+def test_reports_of_before_there_were_comparisons_are_read(name: str, project_root: Path) -> None:
+    report = read_report(project_root / "benchmarks" / "results" / name)
+    assert (report.against, report.exact) == (None, None)
+
+
+def test_comparison_of_other_step_counts_is_refused(report_against: Report, tmp_path: Path) -> None:
+    assert report_against.against is not None
+    shorter = replace(report_against.against, rows=report_against.against.rows[:1])
+    write_report(replace(report_against, against=shorter), tmp_path / "report.json")
+    with pytest.raises(ReportError, match=r"report\.against has other step counts"):
+        read_report(tmp_path / "report.json")
 
 
 def test_file_is_plain_json_with_the_documented_fields(report: Report, tmp_path: Path) -> None:
@@ -43,13 +61,6 @@ def test_failed_write_leaves_the_former_file(report: Report, tmp_path: Path) -> 
         write_report(replace(report, session={"temperature": float("nan")}), path)
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_figures_of_a_latency_are_written_out() -> None:
-    latency = Latency(warmup_ms=(9.0,), samples_ms=(1.0, 2.0, 3.0))
-    written = step_latency_from(latency)
-    assert (written.median_ms, written.iqr_ms, written.unstable) == (2.0, 1.0, True)
-    assert (written.warmup_ms, written.samples_ms) == ((9.0,), (1.0, 2.0, 3.0))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -129,3 +140,20 @@ def test_table(report: Report) -> None:
 
 def test_table_of_stable_rows_has_no_note(report: Report) -> None:
     assert len(format_table(replace(report, rows=report.rows[:1])).splitlines()) == 2
+
+
+def test_table_of_all_that_may_be_compared(report_against: Report) -> None:
+    header, first, *_ = format_table(report_against).splitlines()
+    assert header.split("SSIM")[1].split("  ") == [
+        "",
+        "exact ms",
+        "exact/this (quartiles)",
+        "PSNR to exact (dB)",
+        "latent error",
+        "torch ms",
+        "torch/this (quartiles)",
+    ]
+    assert first.split("0.550")[1].split() == [
+        *("20.00", "2.00", "(1.88", "to", "2.12)", "41.0", "1.0e-02"),
+        *("100.00", "10.00", "(9.88", "to", "10.12)"),
+    ]

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from restyle_deploy.bench import run as bench_run
+from restyle_deploy import reference
 from restyle_deploy.bench.report import read_report
 from restyle_deploy.bench.run import run_bench
+from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import BackendUnavailableError, ReportError, VerificationError
-from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.models.restyle import RestyleModel
+from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import load_expectation, save_expectation
 
 
@@ -66,12 +68,6 @@ def test_each_image_is_inverted_once_and_timing_is_at_batch_one(session: Any, tm
     assert parity_call == (2, 3, True)
     assert quality_calls == [(8, 5, True), (3, 5, True)]
     assert timed_calls == [(1, 1, False), (1, 5, False), (1, 5, False), (1, 1, False), (1, 1, False), (1, 5, False)]
-
-
-@pytest.mark.parametrize(("output_size", "steps", "batch"), [(64, 10, 8), (1024, 10, 2), (1024, 1, 8), (1024, 50, 1)])
-def test_batches_fit_in_memory(output_size: int, steps: int, batch: int) -> None:
-    config = ModelConfig(encoder_type="BackboneEncoder", domain="faces", output_size=output_size)
-    assert bench_run._quality_batch(config, steps) == batch
 
 
 def test_progress_counts_refinement_steps(session: Any, tmp_path: Path) -> None:
@@ -129,3 +125,78 @@ def test_a_session_that_computes_something_else_is_not_measured(session: Any, tm
     with pytest.raises(VerificationError, match="made-up: differs from the reference model"):
         run_quickly(session, tmp_path / "out")
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_what_a_session_is_compared_with_must_fit(session: Any, approximate: Any, tmp_path: Path) -> None:
+    for measured, exact, reason in (
+        (approximate, None, "pass an exact session"),
+        (session, session, "compared with no other session"),
+        (approximate, approximate, "passed as `exact` is approximate"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run_quickly(measured, tmp_path, exact=exact)
+    with pytest.raises(ValueError, match="against is 'tensorflow', expected one of torch"):
+        run_quickly(session, tmp_path, against="tensorflow")
+    assert session.calls == approximate.calls == []
+
+
+def test_approximate_session_is_measured_with_the_exact_one(session: Any, approximate: Any, tmp_path: Path) -> None:
+    report = run_quickly(approximate, tmp_path, exact=session)
+    assert read_report(tmp_path / "report.json") == report
+    assert report.session["preview_steps"] is True
+    assert report.exact.session["preview_steps"] is False
+    for row, exact in zip(report.rows, report.exact.rows, strict=True):
+        assert exact.difference.latent_error == pytest.approx(0.01)
+        assert exact.difference.psnr_db == pytest.approx(20 * np.log10(2 / 0.01), abs=0.5)  # less where values clip
+        assert exact.ratio.median == pytest.approx(
+            np.median(np.divide(exact.latency.samples_ms, row.latency.samples_ms))
+        )
+        assert exact.quality.mse != row.quality.mse
+    parity_call, *others = session.calls
+    assert parity_call == (2, 3, True)  # the exact session stands for the approximate one
+    assert [call for call in others if call[2]] == [(3, 5, True)]
+    assert approximate.calls[:3] == [(3, 1, False), (3, 2, False), (3, 5, False)]
+
+
+def test_progress_counts_both_sessions(session: Any, approximate: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run_quickly(approximate, tmp_path, exact=session, progress=lambda done, total: seen.append((done, total)))
+    total = 3 * 5 + 3 * (1 + 2 + 5) + 2 * (1 + 3) * (1 + 2 + 5)
+    assert seen[-1] == (total, total)
+
+
+def test_reference_model_is_measured_in_the_same_rounds(toy_bundle: Path, tmp_path: Path) -> None:
+    with Session.open(toy_bundle, threads=1) as session:
+        report = run_quickly(session, tmp_path, against="torch", steps=(1, 2))
+    assert read_report(tmp_path / "report.json") == report
+    assert report.against.reference["library"] == "torch"
+    assert report.against.reference["threads"] == 1
+    for row, compared in zip(report.rows, report.against.rows, strict=True):
+        ratios = np.divide(compared.latency.samples_ms, row.latency.samples_ms)
+        assert compared.ratio.median == pytest.approx(np.median(ratios))
+        assert compared.ratio.lower_quartile <= compared.ratio.median <= compared.ratio.upper_quartile
+
+
+def test_reference_model_that_computes_something_else_is_not_measured(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuild = reference.model_from_bundle
+
+    def rebuild_another(bundle: Bundle) -> RestyleModel:
+        model = rebuild(bundle)
+        model.latent_avg = model.latent_avg + 1e-3
+        return model
+
+    monkeypatch.setattr(reference, "model_from_bundle", rebuild_another)
+    with Session.open(toy_bundle, threads=1) as session, pytest.raises(VerificationError, match="differs from"):
+        run_quickly(session, tmp_path, against="torch")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_missing_torch_is_one_line_with_the_remedy(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BackendUnavailableError, match=r"needs torch, .*pip install 'restyle-deploy\[export\]'"):
+        run_quickly(session, tmp_path, against="torch")
+    assert session.calls == []

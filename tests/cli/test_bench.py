@@ -2,10 +2,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from restyle_deploy.bench.report import read_report
+from restyle_deploy.runtime.session import Session
 from tests.cli.conftest import Run
 from tests.pictures import write_bad_files
 
@@ -72,3 +74,51 @@ def test_missing_extra_is_one_line(
     result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *QUICK)
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(r"Error: .*matplotlib.*pip install 'restyle-deploy\[bench\]'\n", result.stderr)
+
+
+def test_reference_model_has_columns_of_its_own(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "1,2", "--against", "torch", *QUICK)
+    assert result.exit_code == 0
+    assert "torch/this (quartiles)" in result.stdout.splitlines()[0]
+    against = read_report(tmp_path / "report.json").against
+    assert against is not None
+    assert [row.steps for row in against.rows] == [1, 2]
+
+
+def test_missing_torch_is_one_line(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--against", "torch", *QUICK)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*torch.*pip install 'restyle-deploy\[export\]'\n", result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_approximate_mode_without_an_engine_is_one_line(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps", *QUICK)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*restyle-deploy build .*\n", result.stderr)
+
+
+def test_approximate_mode_is_measured_with_the_exact_one(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def open_session(bundle: Path, **options: Any) -> Session:
+        opened.append(dict(options))
+        session = open_plain(bundle, threads=1)
+        if options.get("preview_steps"):  # stands for a session that has an engine with previews
+            monkeypatch.setattr(session, "describe", lambda: {**Session.describe(session), "preview_steps": True})
+        return session
+
+    open_plain = Session.open
+    monkeypatch.setattr(Session, "open", open_session)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "1,2", "--preview-steps", *QUICK)
+    assert result.exit_code == 0
+    assert [options.get("preview_steps", False) for options in opened] == [True, False]
+    assert "PSNR to exact (dB)" in result.stdout.splitlines()[0]
+    assert read_report(tmp_path / "report.json").exact is not None
