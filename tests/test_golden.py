@@ -1,13 +1,9 @@
 """The official code's own outputs, against the torch model and the exported bundle, at every step."""
 
 import gc
-import importlib.util
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from restyle_deploy.export import export_checkpoint
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
 from restyle_deploy.runtime.session import Session, targets_from_images
 from restyle_deploy.verify import reduce_images
+from tests.golden import CASES, GoldenCase, open_case
 
 pytestmark = pytest.mark.slow
 
@@ -27,31 +24,12 @@ LATENT_TOLERANCE = 1e-4
 IMAGE_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True)
-class GoldenCase:
-    checkpoint: Path
-    expected: dict[str, NDArray[Any]]
-
-    @property
-    def steps(self) -> int:
-        return len(self.expected["latents"])
-
-
-@pytest.fixture(scope="module", params=["e4e_church_256", "psp_cars_512", "psp_ffhq_1024"])
+@pytest.fixture(scope="module", params=CASES)
 def case(
     request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GoldenCase]:
-    """One case at a time: its files take up to 2 GB and are deleted before the next one is made."""
-    golden = shared_dir / "golden"
-    if not golden.is_dir():
-        pytest.skip(f"the reference outputs are not here: {golden}")
-    directory = tmp_path_factory.mktemp(request.param)
-    checkpoint = directory / "official.pt"
-    _weights_writer(golden / "weights.py")(str(golden / f"{request.param}.json"), str(checkpoint))
-    with np.load(golden / f"{request.param}.npz") as arrays:
-        expected = dict(arrays)
-    yield GoldenCase(checkpoint=checkpoint, expected=expected)
-    shutil.rmtree(directory)
+    with open_case(request.param, shared_dir, tmp_path_factory.mktemp(request.param)) as case:
+        yield case
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +91,3 @@ def largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) 
     assert found.shape == expected.shape
     difference: NDArray[np.float32] = np.abs(found - expected).reshape(len(found), -1).max(axis=1)
     return difference
-
-
-def _weights_writer(script: Path) -> Callable[[str, str], None]:
-    spec = importlib.util.spec_from_file_location("golden_weights", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main: Callable[[str, str], None] = module.main
-    return main

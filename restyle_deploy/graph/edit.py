@@ -79,6 +79,12 @@ def integer_of(node: ir.Node, name: str, default: int) -> int:
     return attribute.as_int() if attribute is not None else default
 
 
+def has_explicit_pads(node: ir.Node) -> bool:
+    """Whether a convolution's padding is what `pads` says, not left to the runtime."""
+    attribute = node.attributes.get("auto_pad")
+    return attribute is None or attribute.as_string() == "NOTSET"
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """Return the node that alone reads a value, None where there are several or it is an output of the graph."""
     users = {use.node for use in value.uses()}

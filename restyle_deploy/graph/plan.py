@@ -14,6 +14,7 @@ from restyle_deploy.graph.rewrites.fold_batchnorm import fold_batchnorm
 from restyle_deploy.graph.rewrites.leading_batchnorm import leading_batchnorm
 from restyle_deploy.graph.rewrites.merge_heads import find_heads, merge_heads
 from restyle_deploy.graph.rewrites.merged_upsampling import merged_upsampling
+from restyle_deploy.graph.rewrites.phase_upsampling import phase_upsampling
 from restyle_deploy.graph.rewrites.polyphase_upsampling import polyphase_upsampling
 from restyle_deploy.graph.rewrites.scale_constants import scale_constants
 from restyle_deploy.graph.rewrites.skip_upsample import skip_upsample
@@ -141,6 +142,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             rewrites={
                 "depthwise": depthwise_filter,
                 "separable": separable_filter,
+                "phases": phase_upsampling,
                 "polyphase": polyphase_upsampling,
                 "merged": merged_upsampling,
             },

@@ -13,6 +13,7 @@ from restyle_deploy.ops.upfirdn2d import upfirdn2d
 
 BLUR_PADS = (1, 1, 1, 1)
 SKIP_PADS = (2, 2, 1, 1)
+DEMODULATION_EPSILON = 1e-8
 
 
 class Generator(nn.Module):
@@ -157,7 +158,9 @@ class ModulatedConv2d(nn.Module):
             x = functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
         if self.demodulate:
             weight_energy = weight.square().sum(dim=(2, 3))  # [O, I]
-            demod = torch.rsqrt(functional.linear(style.square(), weight_energy) + 1e-8)  # [N, O]
+            # As a bias: the exporter's optimiser takes an added scalar of up to 1e-8 for a zero and drops it.
+            epsilon = weight_energy.new_full((len(weight_energy),), DEMODULATION_EPSILON)
+            demod = torch.rsqrt(functional.linear(style.square(), weight_energy, epsilon))  # [N, O]
             x = x * demod[:, :, None, None]
         return x
 

@@ -157,6 +157,22 @@ def test_weights_are_constants_without_arithmetic(generator: Graph) -> None:
             computed |= set(node.output)
 
 
+def test_styles_of_zero_keep_the_epsilon_of_the_demodulation() -> None:
+    """The exporter's optimiser drops what it takes for an added zero; then zero styles would give no numbers."""
+    model = toy_model()
+    for name, bias in model.decoder.named_parameters():
+        if name.endswith("modulation.bias"):
+            bias.zero_()
+    graph = generator_graph(model)
+    latent = random_inputs(graph.inputs, 3)["latent"]
+    latent[0], latent[1, 3], latent[2, 4:6] = 0, 0, 1e-6
+    session = ort.InferenceSession(graph.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = run_graph(session, graph, {"latent": latent})
+    image, current = model.generate(torch.from_numpy(latent))
+    assert image.isfinite().all()
+    assert_close(found, {"image": image.numpy(), "current": current.numpy()})
+
+
 def test_an_exporter_that_gives_nothing_is_an_error(model: RestyleModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
     with pytest.raises(ExportError, match="encoder: the exporter returned nothing"):

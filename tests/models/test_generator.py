@@ -92,6 +92,13 @@ def test_tiny_styles_keep_the_epsilon_of_the_demodulation() -> None:
         assert_relatively_close(conv(x, style), modulate_weights(conv, x, style))
 
 
+def test_a_style_of_zero_gives_zero() -> None:
+    conv = ModulatedConv2d(4, 4, 3, 8)
+    with torch.no_grad():
+        conv.modulation.bias.zero_()
+        assert torch.equal(conv(torch.randn(2, 4, 5, 5), torch.zeros(2, 8)), torch.zeros(2, 4, 5, 5))
+
+
 @pytest.mark.parametrize("output_size", [32, 64, 128])
 def test_generator_renders_what_upstream_renders(output_size: int) -> None:
     model = toy_model(output_size=output_size)

@@ -13,6 +13,7 @@ from restyle_deploy.graph.edit import (
     Array,
     Edit,
     array_of,
+    has_explicit_pads,
     integer_of,
     integers_of,
     nodes_of_type,
@@ -20,7 +21,7 @@ from restyle_deploy.graph.edit import (
     sizes_of,
 )
 
-_LAYOUT = ("Reshape", "Transpose")
+_IN_CHANNELS_FIRST = (0, 2, 1, 3, 4)
 _COPIED = ("pads", "strides", "dilations", "kernel_shape", "output_padding")
 
 
@@ -57,12 +58,9 @@ def constant_weights(model: ir.Model) -> ir.Model:
 
 def _modulation_of(node: ir.Node) -> Modulation | None:
     """Follow a convolution's weight back to the constant that a style scales."""
-    if integer_of(node, "group", 1) != 1 or array_of(node.inputs[1]) is not None or len(node.inputs) > 2:
+    if integer_of(node, "group", 1) != 1 or len(node.inputs) > 2 or not has_explicit_pads(node):
         return None
-    value = node.inputs[1]
-    while (producer := _producer(value)) is not None and producer.op_type in _LAYOUT:
-        value = producer.inputs[0]
-    product = _producer(value, "Mul")
+    product = _producer(_modulated_weight_of(node), "Mul")
     epsilon = None
     if product is not None and array_of(product.inputs[0]) is None:  # modulated weight × demodulation
         modulated, demodulation = product.inputs
@@ -73,9 +71,23 @@ def _modulation_of(node: ir.Node) -> Modulation | None:
     view = _producer(product.inputs[1], "Reshape") if product is not None else None
     weight = array_of(product.inputs[0]) if product is not None else None
     style = view.inputs[0] if view is not None else None
-    if weight is None or weight.ndim != 5 or style is None or sizes_of(style) != weight.shape[2:3]:
+    if weight is None or weight.ndim != 5 or view is None or style is None or sizes_of(style) != weight.shape[2:3]:
+        return None
+    if sizes_of(view.outputs[0]) != (1, weight.shape[2], 1, 1):
         return None
     return Modulation(weight=weight[0].astype(np.float32), style=style, epsilon=epsilon)
+
+
+def _modulated_weight_of(node: ir.Node) -> ir.Value | None:
+    """Return what a convolution reads as its weight before it loses the axis of samples: [1, O, I, k, k]."""
+    reshape = _producer(node.inputs[1], "Reshape")
+    value = reshape.inputs[0] if reshape is not None else None
+    if reshape is None or reshape.outputs[0].shape is None or sizes_of(value) != tuple(reshape.outputs[0].shape):
+        return None
+    if node.op_type == "Conv":
+        return value
+    swap = _producer(value, "Transpose")
+    return swap.inputs[0] if swap is not None and integers_of(swap, "perm") == _IN_CHANNELS_FIRST else None
 
 
 def _epsilon_of(demodulation: ir.Value | None, weight: ir.Value | None) -> float | None:
@@ -89,7 +101,8 @@ def _epsilon_of(demodulation: ir.Value | None, weight: ir.Value | None) -> float
             return None
         energy, epsilon = addition.inputs[0], float(constant.reshape(-1)[0])
     total = _producer(energy, "ReduceSum")
-    if total is None or array_of(total.inputs[1]) is None or tuple(total.inputs[1].const_value.numpy()) != (2, 3, 4):  # type: ignore[union-attr]
+    axes = array_of(total.inputs[1]) if total is not None and len(total.inputs) > 1 else None
+    if total is None or axes is None or axes.tolist() != [2, 3, 4] or integer_of(total, "keepdims", 1) != 1:
         return None
     square = _producer(total.inputs[0])
     if square is None or square.inputs[0] is not weight:

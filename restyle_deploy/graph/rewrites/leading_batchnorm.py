@@ -9,6 +9,7 @@ from restyle_deploy.graph.edit import (
     Array,
     Edit,
     array_of,
+    has_explicit_pads,
     integer_of,
     integers_of,
     nodes_of_type,
@@ -37,7 +38,8 @@ def leading_batchnorm(model: ir.Model, *, layers: Collection[str] | None = None)
         if convolution is None or sizes is None or x is None or any(array is None for array in parameters):
             continue
         weight = array_of(convolution.inputs[1]) if convolution.op_type == "Conv" else None
-        if weight is None or integer_of(convolution, "group", 1) != 1 or convolution.outputs[0].shape is None:
+        plain = integer_of(convolution, "group", 1) == 1 and has_explicit_pads(convolution)
+        if weight is None or not plain or convolution.outputs[0].shape is None:
             continue
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else DEFAULT_EPSILON
         gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in parameters)

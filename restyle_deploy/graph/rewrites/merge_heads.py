@@ -11,10 +11,12 @@ from restyle_deploy.graph.edit import (
     Array,
     Edit,
     array_of,
+    has_explicit_pads,
     integer_of,
     integers_of,
     layer_of,
     nodes_of_type,
+    only_user,
     replace_value,
 )
 
@@ -48,7 +50,7 @@ class Head:
     @property
     def form(self) -> tuple[object, ...]:
         """What heads have to share to be merged: the map that they read and the shape of all that follows."""
-        shapes = tuple(_constant(node, 1).shape for node in self.convolutions)
+        shapes = tuple(_constant(node, 1).shape for node in (*self.convolutions, self.linear))
         strides = tuple((integers_of(node, "strides"), integers_of(node, "pads")) for node in self.convolutions)
         return id(self.x), shapes, strides, self.slopes
 
@@ -80,18 +82,17 @@ def find_heads(model: ir.Model) -> list[Head]:
 
 def _head_before(linear: ir.Node) -> Head | None:
     """Walk from a linear layer back over its convolutions."""
-    transposed = integer_of(linear, "transB", 0) == 1 and integer_of(linear, "transA", 0) == 0
-    reshape = linear.inputs[0].producer() if linear.inputs[0] is not None else None
-    if not transposed or reshape is None or reshape.op_type != "Reshape" or len(linear.inputs) != 3:
+    reshape = _only_producer(linear.inputs[0])
+    if reshape is None or reshape.op_type != "Reshape" or not _is_head_linear(linear):
         return None
     convolutions: list[ir.Node] = []
     slopes: list[float] = []
     value = reshape.inputs[0]
     while value is not None:
-        activation = value.producer()
-        if activation is None or activation.op_type != "LeakyRelu" or activation.inputs[0] is None:
+        activation = _only_producer(value)
+        if activation is None or activation.op_type != "LeakyRelu":
             break
-        convolution = activation.inputs[0].producer()
+        convolution = _only_producer(activation.inputs[0])
         if convolution is None or not _is_head_convolution(convolution):
             break
         convolutions.insert(0, convolution)
@@ -102,9 +103,30 @@ def _head_before(linear: ir.Node) -> Head | None:
     return Head(x=value, convolutions=tuple(convolutions), slopes=tuple(slopes), linear=linear)
 
 
+def _only_producer(value: ir.Value | None) -> ir.Node | None:
+    """Return the node of a value that one node reads: a value with other readers is where a head begins."""
+    return value.producer() if value is not None and only_user(value) is not None else None
+
+
+def _has_constants(node: ir.Node) -> bool:
+    """Whether weight and bias are there and constant."""
+    return len(node.inputs) == 3 and all(array_of(value) is not None for value in node.inputs[1:])
+
+
+def _is_head_linear(node: ir.Node) -> bool:
+    factors = (node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes)
+    transposed = integer_of(node, "transB", 0) == 1 and integer_of(node, "transA", 0) == 0
+    return transposed and all(factor == 1 for factor in factors) and _has_constants(node)
+
+
 def _is_head_convolution(node: ir.Node) -> bool:
-    constants = len(node.inputs) == 3 and all(array_of(value) is not None for value in node.inputs[1:])
-    return node.op_type == "Conv" and integer_of(node, "group", 1) == 1 and constants
+    return (
+        node.op_type == "Conv"
+        and _has_constants(node)
+        and integer_of(node, "group", 1) == 1
+        and set(integers_of(node, "dilations")) <= {1}
+        and has_explicit_pads(node)
+    )
 
 
 def _merge(model: ir.Model, heads: list[Head]) -> None:

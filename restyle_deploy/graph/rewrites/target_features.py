@@ -8,7 +8,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from restyle_deploy.graph.edit import Edit, array_of, integer_of, integers_of, layer_of, only_user, replace_value
+from restyle_deploy.graph.edit import (
+    Edit,
+    array_of,
+    has_explicit_pads,
+    integer_of,
+    integers_of,
+    layer_of,
+    only_user,
+    replace_value,
+)
 
 TARGET = "target"
 TARGET_FEATURES = "target_features"
@@ -89,12 +98,15 @@ def first_convolution(model: ir.Model) -> FirstConvolution | None:
     concat = only_user(target) if target is not None else None
     if target is None or concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2:
         return None
+    if integer_of(concat, "axis", 0) != 1:
+        return None
     current, convolution = concat.inputs[1], only_user(concat.outputs[0])
     if current is None or concat.inputs[0] is not target or convolution is None or convolution.op_type != "Conv":
         return None
     weight = array_of(convolution.inputs[1])
     constant_bias = len(convolution.inputs) < 3 or array_of(convolution.inputs[2]) is not None
-    if weight is None or not constant_bias or integer_of(convolution, "group", 1) != 1:
+    plain = integer_of(convolution, "group", 1) == 1 and has_explicit_pads(convolution)
+    if weight is None or not constant_bias or not plain:
         return None
     return FirstConvolution(target=target, current=current, concat=concat, convolution=convolution, weight=weight)
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from restyle_deploy.graph.edit import Array, array_of, integer_of, integers_of, nodes_of_type, only_user
+from restyle_deploy.graph.edit import (
+    Array,
+    array_of,
+    has_explicit_pads,
+    integer_of,
+    integers_of,
+    nodes_of_type,
+    only_user,
+)
 
 KERNEL_SIZE = 3
 FILTER_SIZE = 4
@@ -82,6 +90,7 @@ def _is_plain_convolution(node: ir.Node, weight: np.ndarray) -> bool:
         weight.shape[2:] == (KERNEL_SIZE, KERNEL_SIZE)
         and len(node.inputs) == 2
         and integers_of(node, "strides") == (FACTOR, FACTOR)
+        and has_explicit_pads(node)
         and not any(integers_of(node, "pads"))
         and not any(integers_of(node, "output_padding"))
         and integers_of(node, "dilations", (1, 1)) == (1, 1)

@@ -70,8 +70,10 @@ def winograd(model: ir.Model, *, layers: Collection[str] | None = None) -> ir.Mo
 
 def can_tile(node: ir.Node) -> bool:
     """Whether a node is a 3×3 convolution of stride 1 and padding 1, with constant weight, on whole tiles."""
+    if node.op_type != "Conv":
+        return False
     weight, sizes = array_of(node.inputs[1]), sizes_of(node.inputs[0])
-    if node.op_type != "Conv" or weight is None or sizes is None or weight.shape[2:] != (3, 3):
+    if weight is None or sizes is None or weight.shape[2:] != (3, 3):
         return False
     if len(node.inputs) > 2 and node.inputs[2] is not None and array_of(node.inputs[2]) is None:
         return False
