@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from restyle_deploy import __version__
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import EXACT_PRECISION, Backend, RunnerOptions
-from restyle_deploy.bench.measure import measure_interleaved
 from restyle_deploy.bundle import Bundle, EngineRecord, GraphRecord, open_bundle, write_engine
 from restyle_deploy.engines import ENGINES, engine_directory
 from restyle_deploy.errors import VerificationError
@@ -27,7 +26,7 @@ from restyle_deploy.files import sha256_of_file
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, apply_choices, find_sites
 from restyle_deploy.graph.preview import preview_graph
-from restyle_deploy.planner import LEAST_GAIN, STEPS, Clock, bind_random, choose, measure_sites, repeats_for, specs_of
+from restyle_deploy.planner import LEAST_GAIN, Clock, choose, measure_sites, measure_whole, specs_of
 from restyle_deploy.processor import describe_processor
 from restyle_deploy.runtime.session import Session, load_graphs
 from restyle_deploy.tuning import Conditions, Times, read_times, write_times
@@ -154,7 +153,7 @@ class _Building:
         self, bundle: Bundle, backend: Backend, options: BuildOptions, progress: Callable[[str], None]
     ) -> None:
         self._bundle, self._backend, self._options, self._progress = bundle, backend, options, progress
-        self._clock = Clock(seconds=options.seconds)
+        self._clock = Clock(seconds=float("inf"))
         self._conditions = Conditions(
             backend=options.backend,
             device=options.device,
@@ -208,7 +207,7 @@ class _Building:
             unknown,
             backend=self._backend,
             options=self._options.runner,
-            clock=self._clock,
+            clock=Clock(seconds=self._options.seconds / len(self._bundle.graphs)),  # no graph takes another's time
             progress=lambda key: self._progress(f"measuring {key} ({self._clock.elapsed:.0f} s)"),
         )
         self._seconds += self._clock.elapsed - began
@@ -251,33 +250,14 @@ class _Building:
         if set(self._known.get(key, ())) != {"exported", "planned"}:
             self._progress(f"comparing the {name} with the exported graph")
             began = self._clock.elapsed
-            self._known[key] = self._time_whole(name, exported, built)
+            self._known[key] = measure_whole(
+                exported, built[name], built.get("target"), backend=self._backend, options=self._options.runner
+            )
             self._seconds += self._clock.elapsed - began
             write_times(self._bundle.path, self._conditions, self._known)
         times = self._known[key]
         self._measurements[f"whole {name}"] = times
         return times["planned"] > (1 + LEAST_GAIN) * times["exported"]
-
-    def _time_whole(self, name: str, exported: GraphRecord, built: Mapping[str, GraphRecord]) -> dict[str, float]:
-        """Return the milliseconds of a step with one image, as exported and as planned."""
-        records = {"exported": exported, "planned": built[name]}
-        records |= {role: graph for role, graph in built.items() if role == "target"}
-        with ExitStack() as loaded:
-            runs = {}
-            for key, record in records.items():
-                runner = self._backend.load(record.path, record.inputs, record.outputs, self._options.runner)
-                loaded.callback(runner.close)
-                runs[key] = bind_random(runner, record.inputs, record.outputs)
-            first = measure_interleaved(runs, warmup=1, repeats=1)
-            repeats = repeats_for(min(first[key].median_ms for key in ("exported", "planned")))
-            samples = {
-                key: np.array(latency.samples_ms)
-                for key, latency in measure_interleaved(runs, warmup=0, repeats=repeats).items()
-            }
-        planned = samples["planned"] + samples.get("target", 0.0) / STEPS
-        exported_ms = float(np.median(samples["exported"]))
-        # By the ratio in each round, as a disturbance of the machine hits both alike.
-        return {"exported": exported_ms, "planned": exported_ms * float(np.median(planned / samples["exported"]))}
 
 
 def _verify(bundle: Bundle, backend: Backend, graphs: Mapping[str, GraphRecord], options: BuildOptions) -> None:

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx_ir as ir
 
 from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
 from restyle_deploy.bench.measure import measure_interleaved
+from restyle_deploy.engines import GraphRecord
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
 from restyle_deploy.graph.rewrites.target_features import target_graph
@@ -108,6 +110,37 @@ def measure_sites(
         progress(key)
         times[key] = _measure_site(model, group[0], backend, options)
     return times
+
+
+def measure_whole(
+    exported: GraphRecord, planned: GraphRecord, target: GraphRecord | None, *, backend: Backend, options: RunnerOptions
+) -> dict[str, float]:
+    """Time a whole graph as exported and as planned.
+
+    Args:
+        exported: the bundle's graph.
+        planned: the engine's.
+        target: what the plan computes once per image instead, if it does.
+        backend, options: how they run.
+    Returns:
+        Milliseconds of a step with one image, by `exported` and `planned`.
+    """
+    records = {"exported": exported, "planned": planned, "target": target}
+    with ExitStack() as loaded:
+        runs = {}
+        for key, record in records.items():
+            if record is not None:
+                runner = backend.load(record.path, record.inputs, record.outputs, options)
+                loaded.callback(runner.close)
+                runs[key] = bind_random(runner, record.inputs, record.outputs)
+        first = measure_interleaved(runs, warmup=1, repeats=1)
+        repeats = repeats_for(min(first[key].median_ms for key in ("exported", "planned")))
+        latencies = measure_interleaved(runs, warmup=0, repeats=repeats)
+    samples = {key: np.array(latency.samples_ms) for key, latency in latencies.items()}
+    planned_ms = samples["planned"] + samples.get("target", 0.0) / STEPS
+    exported_ms = float(np.median(samples["exported"]))
+    # By the ratio in each round, as a disturbance of the machine hits both alike.
+    return {"exported": exported_ms, "planned": exported_ms * float(np.median(planned_ms / samples["exported"]))}
 
 
 def _measure_site(model: ir.Model, site: Site, backend: Backend, options: RunnerOptions) -> dict[str, float]:

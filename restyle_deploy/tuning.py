@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,22 @@ class Conditions:
 def read_times(bundle: Path, conditions: Conditions) -> dict[str, dict[str, float]]:
     """Return what was measured under these conditions; nothing where nothing was, or where the file is damaged."""
     for entry in _read_entries(bundle):
-        if entry["conditions"] == asdict(conditions):
+        if entry["conditions"] == _as_json(conditions):
             return {key: dict(times) for key, times in entry["times"].items()}
     return {}
 
 
 def write_times(bundle: Path, conditions: Conditions, times: Times) -> None:
     """Keep times, instead of those that were kept for the same conditions."""
-    others = [entry for entry in _read_entries(bundle) if entry["conditions"] != asdict(conditions)]
-    entries = [*others, {"conditions": asdict(conditions), "times": times}]
+    others = [entry for entry in _read_entries(bundle) if entry["conditions"] != _as_json(conditions)]
+    entries = [*others, {"conditions": _as_json(conditions), "times": times}]
     with replace_when_complete(bundle / ENGINES / FILE_NAME) as temporary:
         content = {"format_version": FORMAT_VERSION, "entries": entries}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(conditions: Conditions) -> dict[str, Any]:
+    return {**vars(conditions), "library_versions": dict(conditions.library_versions)}
 
 
 def _read_entries(bundle: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def build(graph: Path, engine: Path, options: RunnerOptions) -> None:
     Convolution weights are stored in the blocked layout of this processor's vectors, constants are folded, and the
     large ones lie in a file beside the engine: loading it maps that file and has nothing left to compute.
     """
-    settings = _settings(options)
+    settings = create_settings(options)
     settings.optimized_model_filepath = str(engine)
     settings.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", f"{engine.stem}.weights"
@@ -62,16 +62,25 @@ def load(
     file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
 ) -> "OnnxRuntimeRunner":
     """Load an ONNX file or an engine; seconds for a large ONNX file, a fraction of one for its engine."""
-    return OnnxRuntimeRunner(_open(file, _settings(options)), inputs, outputs)
+    return OnnxRuntimeRunner(_open(file, create_settings(options)), inputs, outputs)
 
 
-def _settings(options: RunnerOptions) -> ort.SessionOptions:
+def create_settings(options: RunnerOptions) -> ort.SessionOptions:
+    """Return how graphs are opened; `python -m benchmarks.onnxruntime_settings` measures each choice.
+
+    Raises:
+        BackendUnavailableError: see `check_options`.
+    """
     check_options(options)
     settings = ort.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
     # Encoder and generator have a thread pool each, and they take turns: idle threads that go on spinning after a run
     # would take a core from the other graph.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # One block for all of a run's tensors, planned at the second run, comes on top of what the first run has taken from
+    # the arena: an eighth of the peak memory of a 256 px engine, for no time (benchmarks/onnxruntime_settings.py).
+    # Without the arena it is less still, but runs take 1.1 × as long.
+    settings.enable_mem_pattern = False
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     return settings

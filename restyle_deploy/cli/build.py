@@ -82,5 +82,6 @@ def _require_libraries() -> None:
     missing = [name for name in ("onnx", "onnx_ir", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise BackendUnavailableError(
-            f"build needs {', '.join(missing)}, which is not installed; run: pip install 'restyle-deploy[build]'"
+            f"build needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            "run: pip install 'restyle-deploy[build]'"
         )

@@ -1,0 +1,490 @@
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+import restyle_deploy.build as build_module
+from restyle_deploy.backends import BACKENDS, load_backend
+from restyle_deploy.backends.base import Backend, RunnerOptions
+from restyle_deploy.build import BuildOptions, build_engine
+from restyle_deploy.bundle import EngineRecord, open_bundle, read_bundle
+from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
+from restyle_deploy.files import sha256_of_file
+from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, find_sites
+from restyle_deploy.graph.preview import preview_graph
+from restyle_deploy.runtime.session import Session
+from restyle_deploy.tensors import TensorSpec
+from restyle_deploy.tuning import write_times
+from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation, verify_bundle
+
+TUNING = Path("engines") / "tuning.json"
+
+
+class SpyBackend:
+    """ONNX Runtime, watched: satisfies `Backend`.
+
+    Attributes:
+        built: stems of the engine files, in order.
+        measured: how many small graphs were built to be measured.
+        versions: as `library_versions` returns them.
+        before_build: called with an engine's path before it is built.
+        delay: the seconds by which a run of a graph takes longer, by the names of its nodes.
+    """
+
+    ENGINE_SUFFIX = ".onnx"
+    ENGINE_BATCH: int | None = None
+
+    def __init__(self) -> None:
+        self._backend: Backend = load_backend("onnxruntime")
+        self.built: list[str] = []
+        self.versions = dict(self._backend.library_versions())
+        self.before_build: Callable[[Path], None] = lambda engine: None
+        self.delay: Callable[[str], float] = lambda names: 0.0
+        self._names: dict[Path, str] = {}
+
+    @property
+    def measured(self) -> int:
+        return sum(stem.isdigit() for stem in self.built)
+
+    def devices(self) -> tuple[str, ...]:
+        return self._backend.devices()
+
+    def library_versions(self) -> Mapping[str, str]:
+        return self.versions
+
+    def check_options(self, options: RunnerOptions) -> None:
+        self._backend.check_options(options)
+
+    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+        self.before_build(engine)
+        self.built.append(engine.stem)
+        self._names[engine] = _node_names(graph)
+        self._backend.build(graph, engine, options)
+
+    def load(
+        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> "SpyRunner":
+        names = self._names.get(file) or _node_names(file)
+        return SpyRunner(self._backend.load(file, inputs, outputs, options), self.delay(names))
+
+
+class SpyRunner:
+    """Satisfies `Runner`."""
+
+    def __init__(self, runner: Any, seconds: float) -> None:
+        self._runner, self._seconds = runner, seconds
+
+    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        run = self._runner.bind(buffers)
+
+        def run_slowly() -> None:
+            time.sleep(self._seconds)
+            run()
+
+        return run_slowly
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def _node_names(graph: Path) -> str:
+    return " ".join(node.name for node in onnx.load(graph, load_external_data=False).graph.node)
+
+
+@pytest.fixture
+def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(toy_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> SpyBackend:
+    spy = SpyBackend()
+    monkeypatch.setattr(build_module, "load_backend", lambda name: spy)
+    return spy
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def built(request: pytest.FixtureRequest, toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an engine after the table, for each backend. Only to be read."""
+    try:
+        load_backend(request.param)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    bundle = shutil.copytree(toy_bundle, tmp_path_factory.mktemp("built") / "bundle")
+    build_engine(bundle, BuildOptions(backend=request.param))
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def table_bundle(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an engine for ONNX Runtime after the table. Only to be read."""
+    bundle = shutil.copytree(toy_bundle, tmp_path_factory.mktemp("table") / "bundle")
+    build_engine(bundle, BuildOptions(backend="onnxruntime"))
+    return bundle
+
+
+def engine_of(bundle: Path) -> EngineRecord:
+    (engine,) = read_bundle(bundle).engines
+    return engine
+
+
+def content_of(bundle: Path, *, without: tuple[Path, ...] = (TUNING,)) -> dict[str, str]:
+    """Return the hash of every file, and the folders."""
+    return {
+        path.relative_to(bundle).as_posix(): sha256_of_file(path) if path.is_file() else "folder"
+        for path in bundle.rglob("*")
+        if path.relative_to(bundle) not in without
+    }
+
+
+def options(**changes: Any) -> BuildOptions:
+    return replace(BuildOptions(backend="onnxruntime", threads=1), **changes)
+
+
+def tune(bundle: Path, **changes: Any) -> EngineRecord:
+    return build_engine(bundle, options(tune=True, **changes))
+
+
+def test_engine_has_all_roles_and_its_plan(built: Path) -> None:
+    bundle, engine = open_bundle(built), engine_of(built)
+    assert set(engine.graphs) == {"target", "encoder", "generator", "preview"}
+    assert engine.directory == built / "engines" / f"{engine.backend}-cpu-fp32"
+    assert set(engine.files) == {path.name for path in engine.directory.iterdir()}
+    assert engine.sources == {name: graph.sha256 for name, graph in bundle.graphs.items()}
+    assert engine.batch == load_backend(engine.backend).ENGINE_BATCH
+    sites = [site for graph in bundle.graphs.values() for site in find_sites(ir.load(graph.path))]
+    table = TABLE[engine.backend]
+    assert engine.plan == {
+        "origin": "table",
+        "choices": {site.name: table[site.family] for site in sites},
+        "measurements": {},
+        "seconds": 0.0,
+    }
+    assert {site.family for site in sites} >= {"upsampling", "skip", "heads", "target"}
+    assert not (built / TUNING).exists()
+
+
+def test_engine_meets_the_expectation_and_is_used(built: Path) -> None:
+    backend = engine_of(built).backend
+    with Session.open(built, backend=backend) as session:
+        assert session.describe()["plan"] == "table"
+        parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
+    check_parity(parity, "the engine")
+    with Session.open(built, backend=backend, plain=True) as session:
+        assert session.describe()["plan"] == "plain"
+    check_parity(verify_bundle(built, backend=backend, device="cpu", threads=None), "the bundle")
+
+
+def test_engine_takes_other_batches(built: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    backend = engine_of(built).backend
+    with Session.open(built, backend=backend) as engine, Session.open(built, plain=True) as plain:
+        found, expected = engine.invert(images, steps=2), plain.invert(images, steps=2)
+    np.testing.assert_allclose(found.latents, expected.latents, atol=1e-4)
+    np.testing.assert_allclose(found.images, expected.images, atol=1e-3)
+
+
+def test_preview_is_that_of_the_exported_generator(built: Path, tmp_path: Path) -> None:
+    bundle, engine = open_bundle(built), engine_of(built)
+    record = engine.graphs["preview"]
+    ir.save(preview_graph(ir.load(bundle.graphs["generator"].path), bundle.config), tmp_path / "preview.onnx")
+    latent = load_expectation(bundle.expectation).latents[0, :1].copy()
+    results = []
+    for backend, file in ((engine.backend, record.path), ("onnxruntime", tmp_path / "preview.onnx")):
+        buffers = {"latent": latent, "current": record.outputs[0].allocate(1)}
+        runner = load_backend(backend).load(file, record.inputs, record.outputs, RunnerOptions())
+        runner.bind(buffers)()
+        runner.close()
+        results.append(buffers["current"])
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+
+
+def test_preview_steps_run_on_the_engine(built: Path) -> None:
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    with Session.open(built, backend=engine_of(built).backend, preview_steps=True) as session:
+        assert np.isfinite(session.invert(images, steps=2).images).all()
+
+
+def test_weights_stand_once_in_the_engine(table_bundle: Path) -> None:
+    """ONNX Runtime leaves no copy of a weight in the old layout, and none of an earlier graph."""
+    engine = engine_of(table_bundle)
+    for role, graph in engine.graphs.items():
+        model = onnx.load(graph.path, load_external_data=False)
+        stored = [tensor for tensor in model.graph.initializer if tensor.external_data]
+        places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in stored]
+        assert {place["location"] for place in places} <= {f"{role}.weights"}
+        spans = sorted((int(place["offset"]), int(place["length"])) for place in places)
+        assert all(begin + size <= after for (begin, size), (after, _) in zip(spans, spans[1:], strict=False))
+        size = (engine.directory / f"{role}.weights").stat().st_size if places else 0
+        page = 65536  # each large weight begins a page
+        assert size <= sum(length for _, length in spans) + page * len(spans)
+        used = {name for node in model.graph.node for name in node.input}
+        assert {tensor.name for tensor in model.graph.initializer} <= used
+
+
+@pytest.mark.slow
+def test_model_without_skipped_layers_has_no_preview(tmp_path: Path) -> None:
+    from restyle_deploy.export import export_checkpoint
+    from tests.toy import write_toy_checkpoint
+
+    bundle = tmp_path / "bundle"
+    export_checkpoint(write_toy_checkpoint(tmp_path / "toy.pt", output_size=32), bundle)
+    assert set(build_engine(bundle, options()).graphs) == {"target", "encoder", "generator"}
+
+
+def test_tuned_engine_has_the_fastest_choices_and_all_times(bundle: Path, spy: SpyBackend) -> None:
+    spy.delay = lambda names: 0.01 if "/depthwise_filter" in names or "/merge_heads" in names else 0.0
+    engine = tune(bundle, seconds=1e9)
+    plan = engine.plan
+    assert (plan["origin"], plan["seconds"] > 0) == ("tuned", True)
+    for site, choice in plan["choices"].items():
+        family = site.rpartition(" ")[2]
+        times = plan["measurements"][site]
+        assert set(times) == set(FAMILIES[family].choices)
+        assert (family, choice) not in (("upsampling", "depthwise"), ("heads", "merged"))
+    assert plan["choices"]
+    assert {"whole encoder", "whole generator"} <= set(plan["measurements"])
+    assert read_bundle(bundle).engines == (engine,)
+    with Session.open(bundle) as session:
+        assert session.describe()["plan"] == "tuned"
+    check_parity(verify_bundle(bundle, backend="onnxruntime", device="cpu", threads=1), "the engine")
+
+
+def test_second_tuning_measures_nothing(bundle: Path, spy: SpyBackend) -> None:
+    first = tune(bundle, seconds=1e9)
+    assert spy.measured > 0
+    said: list[str] = []
+    spy.built.clear()
+    second = build_engine(bundle, options(tune=True), progress=said.append)
+    assert spy.measured == 0
+    assert not [text for text in said if text.startswith(("measuring", "comparing"))]
+    assert second.plan == {**first.plan, "seconds": 0.0}
+
+
+@pytest.mark.parametrize("change", ["retune", "threads", "library", "processor", "damaged", "choices"])
+def test_other_conditions_are_measured_again(
+    bundle: Path, spy: SpyBackend, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare_times(bundle, spy)
+    changes: dict[str, Any] = {}
+    if change == "retune":
+        changes = {"retune": True}
+    elif change == "threads":
+        changes = {"threads": 2}
+    elif change == "library":
+        spy.versions["onnxruntime"] = "0.1"
+    elif change == "processor":
+        monkeypatch.setattr(build_module, "describe_processor", lambda: "Abacus")
+    elif change == "damaged":
+        (bundle / TUNING).write_bytes(b"\x00")
+    else:  # of a release that did not have one of the choices
+        content = json.loads((bundle / TUNING).read_text(encoding="utf-8"))
+        for entry in content["entries"]:
+            entry["times"] = {key: dict(list(times.items())[1:]) for key, times in entry["times"].items()}
+        (bundle / TUNING).write_text(json.dumps(content), encoding="utf-8")
+    measured = _measured_keys(bundle, monkeypatch, **changes)
+    assert measured
+
+
+def test_same_conditions_are_not_measured_again(bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    _prepare_times(bundle, spy)
+    assert not _measured_keys(bundle, monkeypatch)
+
+
+def _prepare_times(bundle: Path, spy: SpyBackend) -> None:
+    """Write times for all sites, without measuring."""
+    opened = read_bundle(bundle)
+    sites = [site for graph in opened.graphs.values() for site in find_sites(ir.load(graph.path))]
+    times = {site.key: dict.fromkeys(FAMILIES[site.family].choices, 1.0) for site in sites}
+    building = build_module._Building(opened, spy, options(), lambda stage: None)
+    write_times(bundle, building._conditions, times)
+
+
+def _measured_keys(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> set[str]:
+    """Tune, and return the kinds of sites that would have been measured."""
+    keys: set[str] = set()
+
+    def measure(model: ir.Model, sites: list[Any], **_: Any) -> dict[str, Any]:
+        keys.update(site.key for site in sites)
+        return {}
+
+    monkeypatch.setattr(build_module, "measure_sites", measure)
+    tune(bundle, **changes)
+    return keys
+
+
+def test_no_time_leaves_the_choice_to_the_table(bundle: Path, spy: SpyBackend, table_bundle: Path) -> None:
+    engine = tune(bundle, seconds=0)
+    assert spy.measured == 0
+    assert engine.plan == {**engine_of(table_bundle).plan, "origin": "tuned"}
+
+
+@pytest.mark.parametrize("slower", ["encoder", "generator"])
+def test_plan_that_makes_a_graph_slower_is_left(
+    bundle: Path, spy: SpyBackend, slower: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _prepare_times(bundle, spy)
+    mark = {"encoder": "/target_features", "generator": "/scale_constants"}[slower]
+    spy.delay = lambda names: 0.05 if mark in names else 0.0
+    engine = tune(bundle)
+    graph = open_bundle(bundle).graphs[slower]
+    sites = {site.name for site in find_sites(ir.load(graph.path))}
+    choices = engine.plan["choices"]
+    assert {choices[site] for site in sites} == {AS_EXPORTED}
+    assert AS_EXPORTED not in {choice for site, choice in choices.items() if site not in sites}
+    assert (engine.graphs[slower].inputs, engine.graphs[slower].outputs) == (graph.inputs, graph.outputs)
+    assert ("target" in engine.graphs) == (slower == "generator")
+    roles = {name.partition(".")[0] for name in engine.files}
+    assert roles == set(engine.graphs)
+    times = engine.plan["measurements"][f"whole {slower}"]
+    assert times["planned"] > times["exported"]
+    assert f"{slower}: the plan makes it slower" in caplog.text
+    check_parity(verify_bundle(bundle, backend="onnxruntime", device="cpu", threads=1), "the engine")
+    spy.built.clear()
+    assert tune(bundle).plan["choices"] == choices  # by the kept times
+
+
+def test_time_of_the_target_counts_for_the_plan(bundle: Path, spy: SpyBackend) -> None:
+    _prepare_times(bundle, spy)
+    spy.delay = lambda names: 0.05 if " " not in names else 0.0  # the target's graph has one node
+    assert "target" not in tune(bundle).graphs
+
+
+def test_engine_is_replaced(bundle: Path, table_bundle: Path) -> None:
+    shutil.copytree(table_bundle, bundle, dirs_exist_ok=True)
+    stale = engine_of(bundle).directory / "stale.weights"
+    stale.write_bytes(b"stale")
+    engine = tune(bundle, seconds=0)
+    assert read_bundle(bundle).engines == (engine,)
+    assert not stale.exists()
+    assert {path.name for path in (bundle / "engines").iterdir()} == {"onnxruntime-cpu-fp32", "tuning.json"}
+
+
+def fail_in_build(spy: SpyBackend, error: BaseException) -> None:
+    def fail(engine: Path) -> None:
+        if engine.stem == "generator":
+            raise error
+
+    spy.before_build = fail
+
+
+@pytest.fixture(params=["without engine", "with engine"])
+def unchanged(request: pytest.FixtureRequest, bundle: Path, table_bundle: Path) -> Iterator[Path]:
+    """A bundle that a test must leave as it is."""
+    if request.param == "with engine":
+        shutil.copytree(table_bundle, bundle, dirs_exist_ok=True)
+    before = content_of(bundle)
+    yield bundle
+    after = content_of(bundle)
+    if not (bundle / TUNING).exists():
+        assert after == before
+    assert {**before, "engines": "folder"} == {**after, "engines": "folder"}
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["table", "tuned"])
+@pytest.mark.parametrize("error", [BuildError("the library refuses"), KeyboardInterrupt()], ids=["refused", "Ctrl-C"])
+def test_failing_build_changes_nothing(unchanged: Path, spy: SpyBackend, error: BaseException, tuned: bool) -> None:
+    fail_in_build(spy, error)
+    with pytest.raises(type(error)):
+        build_engine(unchanged, options(tune=tuned, seconds=0))
+
+
+def test_wrong_engine_changes_nothing(unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shift(model: ir.Model, *_: object) -> None:
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            array = value.const_value.numpy()
+            if array.dtype == np.float32 and array.ndim == 4:
+                value.const_value = ir.tensor(array * np.float32(1.01), name=value.name)
+
+    monkeypatch.setattr(build_module, "apply_choices", shift)
+    with pytest.raises(VerificationError, match="engine for onnxruntime: differs from the reference model"):
+        build_engine(unchanged, options())
+
+
+def test_preview_that_is_not_finite_changes_nothing(unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(generator: ir.Model, config: Any) -> ir.Model:
+        model = preview_graph(generator, config)
+        before = model.graph.outputs[0]
+        node = ir.node("Div", [before, before], name="spoilt")
+        zero = ir.node("Sub", [before, before], name="zero")
+        node.replace_input_with(0, zero.outputs[0])
+        node.replace_input_with(1, zero.outputs[0])
+        model.graph.extend([zero, node])
+        before.name, after = "before", node.outputs[0]
+        after.name, after.shape, after.type = "current", before.shape, before.type
+        model.graph.outputs[0] = after
+        return model
+
+    monkeypatch.setattr(build_module, "preview_graph", spoil)
+    with pytest.raises(VerificationError, match="preview is not finite"):
+        build_engine(unchanged, options())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_manifest_that_cannot_be_written_changes_nothing(
+    unchanged: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(build_module, "write_engine", fail)
+    with pytest.raises(type(error)):
+        build_engine(unchanged, options())
+
+
+def test_engines_that_is_no_folder_is_refused(bundle: Path) -> None:
+    (bundle / "engines").write_bytes(b"")
+    before = content_of(bundle)
+    with pytest.raises(OSError, match="engines"):
+        build_engine(bundle, options())
+    assert content_of(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"backend": "abacus"}, ValueError, "unknown backend 'abacus'; known are onnxruntime"),
+        ({"threads": 0}, ValueError, "threads is 0, expected at least 1"),
+        ({"precision": "bf16"}, BackendUnavailableError, "precision bf16 cannot run here"),
+        ({"device": "abacus"}, BackendUnavailableError, "device 'abacus' cannot run here"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(
+    toy_bundle: Path, changes: Mapping[str, Any], error: type[Exception], message: str
+) -> None:
+    before = content_of(toy_bundle)
+    with pytest.raises(error, match=message):
+        build_engine(toy_bundle, options(**changes))
+    assert content_of(toy_bundle) == before
+
+
+def test_damaged_bundle_is_refused(bundle: Path) -> None:
+    (bundle / "encoder.onnx").write_bytes(b"")
+    before = content_of(bundle)
+    with pytest.raises(BundleError, match="encoder.onnx"):
+        build_engine(bundle, options())
+    assert content_of(bundle) == before
+
+
+def test_stages_are_told(bundle: Path) -> None:
+    said: list[str] = []
+    build_engine(bundle, options(), progress=said.append)
+    assert said == [
+        "checking the bundle",
+        "reading the encoder",
+        "building the encoder",
+        "reading the generator",
+        "building the generator",
+        "verifying",
+    ]

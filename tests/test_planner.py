@@ -1,0 +1,276 @@
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from restyle_deploy.backends import BACKENDS
+from restyle_deploy.backends.base import RunnerOptions
+from restyle_deploy.bundle import Bundle, open_bundle
+from restyle_deploy.graph.edit import fix_batch
+from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
+from restyle_deploy.planner import (
+    LEAST_REPEATS,
+    MOST_REPEATS,
+    STEPS,
+    Clock,
+    choose,
+    measure_sites,
+    repeats_for,
+    specs_of,
+)
+from restyle_deploy.tensors import TensorSpec
+
+TABLE_OF_TESTS = {family: FAMILIES[family].exported for family in FAMILIES} | {"upsampling": "depthwise"}
+
+
+class TimedBackend:
+    """Satisfies `Backend`; a graph does nothing and takes as long as its nodes' names say.
+
+    Attributes:
+        delays: seconds of a run, by the rewrite that a node's name tells; "" for a graph of no rewrite.
+        built: node names of the graphs, in the order of building.
+        ran: how many runs there were.
+        open: runners not closed yet.
+    """
+
+    ENGINE_SUFFIX = ".fake"
+    ENGINE_BATCH: int | None = None
+
+    def __init__(self, delays: Mapping[str, float] | None = None) -> None:
+        self.delays = {"": 0.0, **(delays or {})}
+        self.built: list[str] = []
+        self.ran = 0
+        self.open = 0
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def library_versions(self) -> Mapping[str, str]:
+        return {"fake": "1.0"}
+
+    def check_options(self, options: RunnerOptions) -> None:
+        pass
+
+    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+        names = " ".join(node.name for node in onnx.load(graph, load_external_data=False).graph.node)
+        self.built.append(names)
+        engine.write_text(names, encoding="utf-8")
+
+    def load(
+        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> "TimedRunner":
+        names = file.read_text(encoding="utf-8")
+        self.open += 1
+        return TimedRunner(self, max(delay for rewrite, delay in self.delays.items() if f"/{rewrite}" in names))
+
+
+class TimedRunner:
+    """Satisfies `Runner`."""
+
+    def __init__(self, backend: TimedBackend, seconds: float) -> None:
+        self._backend, self._seconds = backend, seconds
+
+    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        def run() -> None:
+            self._backend.ran += 1
+            time.sleep(self._seconds)
+
+        return run
+
+    def close(self) -> None:
+        self._backend.open -= 1
+
+
+@pytest.fixture(scope="module")
+def bundle(toy_bundle: Path) -> Bundle:
+    return open_bundle(toy_bundle)
+
+
+@pytest.fixture(scope="module", params=["encoder", "generator"])
+def model(bundle: Bundle, request: pytest.FixtureRequest) -> ir.Model:
+    return ir.load(bundle.graphs[request.param].path)
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Bundle) -> ir.Model:
+    return ir.load(bundle.graphs["generator"].path)
+
+
+@pytest.fixture(scope="module")
+def encoder(bundle: Bundle) -> ir.Model:
+    return ir.load(bundle.graphs["encoder"].path)
+
+
+def site(family: str = "upsampling", layer: str = "layer", shape: str = "8→8") -> Site:
+    return Site(family=family, layer=layer, shape=shape, inputs=(), outputs=(), work=1.0)
+
+
+def sites_of(model: ir.Model, family: str) -> list[Site]:
+    return [found for found in find_sites(model) if found.family == family]
+
+
+def measure(model: ir.Model, sites: list[Site], backend: Any, seconds: float = 1e9) -> dict[str, dict[str, float]]:
+    return measure_sites(model, sites, backend=backend, options=RunnerOptions(), clock=Clock(seconds=seconds))
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_table_has_a_choice_for_each_family(backend: str) -> None:
+    assert set(TABLE[backend]) == set(FAMILIES)
+    assert all(choice in FAMILIES[family].choices for family, choice in TABLE[backend].items())
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({}, "depthwise"),
+        ({"depthwise": 2.0, "node": 1.0}, "node"),
+        ({"depthwise": 2.0, "node": 1.95}, "depthwise"),  # within what measuring errs
+        ({"depthwise": 2.0, "node": 1.93}, "node"),
+        ({"depthwise": 1.0, "node": 2.0}, "depthwise"),
+        ({"merged": 2.0, "node": 2.1}, "merged"),  # the table's was not measured
+        ({"sideways": 0.1, "node": 2.0, "depthwise": 3.0}, "node"),  # of a later release
+        ({"sideways": 0.1}, "depthwise"),
+    ],
+    ids=str,
+)
+def test_fastest_choice_is_taken(times: Mapping[str, float], expected: str) -> None:
+    found = site()
+    assert choose([found], {found.key: times}, TABLE_OF_TESTS) == {"layer upsampling": expected}
+
+
+def test_sites_of_one_kind_get_one_choice() -> None:
+    sites = [site(layer="a"), site(layer="b"), site(layer="c", shape="16→16"), site(family="skip", layer="a")]
+    choices = choose(sites, {sites[0].key: {"depthwise": 2.0, "polyphase": 1.0}}, TABLE_OF_TESTS)
+    assert choices == {
+        "a upsampling": "polyphase",
+        "b upsampling": "polyphase",
+        "c upsampling": "depthwise",
+        "a skip": "node",
+    }
+
+
+@pytest.mark.parametrize("fastest", FAMILIES["upsampling"].choices)
+def test_fastest_rewrite_wins(generator: ir.Model, fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restyle_deploy.planner._candidate", lambda model, site, choice: (_named_graph(choice), None))
+    delays = {choice: 0.004 for choice in FAMILIES["upsampling"].choices} | {fastest: 0.0}
+    backend = TimedBackend(delays)
+    sites = sites_of(generator, "upsampling")
+    times = measure(generator, sites, backend)
+    assert set(choose(sites, times, TABLE_OF_TESTS).values()) == {fastest}
+    assert backend.open == 0
+
+
+def test_slow_choices_are_dropped_early(generator: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restyle_deploy.planner._candidate", lambda model, site, choice: (_named_graph(choice), None))
+    ran: dict[str, int] = dict.fromkeys(FAMILIES["upsampling"].choices, 0)
+    backend = TimedBackend({**dict.fromkeys(ran, 0.002), "merged": 0.05})
+    (times,) = measure(generator, sites_of(generator, "upsampling")[:1], backend).values()
+    assert set(times) == set(ran)
+    assert times["merged"] > 40
+    assert backend.ran <= 2 + (len(ran) - 1) * (2 + MOST_REPEATS)
+
+
+def _named_graph(choice: str) -> ir.Model:
+    x = ir.Value(name="x", shape=ir.Shape(("N", 1)), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Relu", [x], name=f"layer/{choice}")
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "y", x.shape, x.type
+    graph = ir.Graph((x,), node.outputs, nodes=(node,), opset_imports={"": 18}, name="graph")
+    return ir.Model(graph, ir_version=10)
+
+
+def test_each_kind_is_measured_once_with_all_its_choices(model: ir.Model) -> None:
+    sites, backend, said = find_sites(model), TimedBackend(), list[str]()
+    times = measure_sites(
+        model,
+        sites,
+        backend=backend,
+        options=RunnerOptions(),
+        clock=Clock(seconds=1e9),
+        progress=said.append,
+    )
+    assert len(said) == len(set(said)) == len({found.key for found in sites})
+    assert set(said) == set(times)
+    for found in sites:
+        assert set(times[found.key]) == set(FAMILIES[found.family].choices)
+        assert all(time_ms > 0 for time_ms in times[found.key].values())
+    assert backend.open == 0
+
+
+def test_measuring_leaves_the_graph_as_it_was(bundle: Bundle, tmp_path: Path) -> None:
+    loaded = ir.load(bundle.graphs["encoder"].path)
+    ir.save(loaded, tmp_path / "before.onnx")
+    measure(loaded, find_sites(loaded), TimedBackend())
+    ir.save(loaded, tmp_path / "after.onnx")
+    assert (tmp_path / "before.onnx").read_bytes() == (tmp_path / "after.onnx").read_bytes()
+
+
+def test_no_time_measures_nothing(model: ir.Model) -> None:
+    backend = TimedBackend()
+    assert measure(model, find_sites(model), backend, seconds=0) == {}
+    assert (backend.built, backend.ran) == ([], 0)
+
+
+def test_measuring_ends_with_its_time(generator: ir.Model) -> None:
+    ticks = itertools.count()
+    clock = Clock(seconds=3, now=lambda: float(next(ticks)))  # a second for each look
+    sites = find_sites(generator)
+    times = measure_sites(generator, sites, backend=TimedBackend(), options=RunnerOptions(), clock=clock)
+    heaviest = max(sites, key=lambda found: found.work * sum(other.key == found.key for other in sites))
+    assert len(times) == 2
+    assert next(iter(times)) == heaviest.key
+
+
+def test_runners_are_closed_after_an_error(generator: ir.Model) -> None:
+    class Interrupted(TimedBackend):
+        def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+            if self.open == 2:
+                raise KeyboardInterrupt
+            super().build(graph, engine, options)
+
+    backend = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        measure(generator, sites_of(generator, "upsampling"), backend)
+    assert backend.open == 0
+
+
+def test_graph_that_runs_once_per_image_counts_by_step(encoder: ir.Model) -> None:
+    (found,) = sites_of(encoder, "target")
+
+    class SlowTarget(TimedBackend):
+        def load(self, file: Path, *rest: Any) -> TimedRunner:
+            super().load(file, *rest)
+            names = file.read_text(encoding="utf-8")
+            is_target = " " not in names  # one node
+            return TimedRunner(self, 0.05 if is_target else 0.0)
+
+    backend = SlowTarget()
+    (times,) = measure(encoder, [found], backend).values()
+    assert 50 / STEPS <= times["once"] < 50
+    assert times["every step"] < 50 / STEPS
+
+
+@pytest.mark.parametrize(
+    ("run_ms", "repeats"), [(1e-3, MOST_REPEATS), (300.0, LEAST_REPEATS), (20.0, 15), (1e6, LEAST_REPEATS)]
+)
+def test_short_runs_are_repeated_more_often(run_ms: float, repeats: int) -> None:
+    assert repeats_for(run_ms) == repeats
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_specs_are_those_of_the_bundle(bundle: Bundle, batch: int | None) -> None:
+    for record in bundle.graphs.values():
+        loaded = ir.load(record.path)
+        fix_batch(loaded, batch)
+        found = specs_of(loaded)
+        assert [[spec.name for spec in specs] for specs in found] == [
+            [spec.name for spec in specs] for specs in (record.inputs, record.outputs)
+        ]
+        first = "N" if batch is None else batch
+        for spec, stored in zip(found[0] + found[1], record.inputs + record.outputs, strict=True):
+            assert spec.shape == (first, *stored.shape[1:])
