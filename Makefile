@@ -2,6 +2,7 @@
 # make test    all tests that need no GPU;                 PYTEST_ARGS="-k name -n 2" narrows or spreads them
 # make lint    style and format;   make types    static types;   make check    all of these
 # make demo-model PORTRAITS=portraits.tar   train the demo model again (100 minutes on two cores), export and measure it
+# make cpu-table GOLDEN=DIRECTORY   the table of speed, quality and memory in benchmarks/results/cpu.* (an hour)
 # make clean   remove the environment, the results and the caches
 #
 # All targets share the environment .venv, which they make with $(PYTHON) and fill with the versions in constraints.txt.
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint types check demo-model clean
+.PHONY: help demo test lint types check demo-model cpu-table clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -43,6 +44,10 @@ demo-model: $(VENV)/.installed-dev
 	    $(BIN)/python -m examples.demo_model.train "$(PORTRAITS)" out/demo-faces.pt
 	$(BIN)/restyle-deploy export out/demo-faces.pt -o engines/demo-faces --overwrite
 	$(BIN)/python -m benchmarks.demo_faces "$(PORTRAITS)"
+
+# Without GOLDEN, which holds the weights of the official architectures, the table has the demo model only.
+cpu-table: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.cpu $(if $(GOLDEN),--golden "$(GOLDEN)") --work out/cpu
 
 clean:
 	rm -rf $(VENV) out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

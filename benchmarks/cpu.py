@@ -20,8 +20,9 @@ from benchmarks.loop_overhead import measure_loop_overhead
 from benchmarks.memory import memory_of_graphs
 from benchmarks.models import DEMO, MODELS, build_engines, load_inputs, prepare_model
 from benchmarks.tables import Cell, SpeedTable, format_markdown, read_table, write_table
-from restyle_deploy.bench.environment import Environment, describe_environment
+from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bundle import read_bundle
+from restyle_deploy.processor import usable_cores
 
 RESULTS = Path("benchmarks/results")
 FEWEST_ROUNDS = 3
@@ -65,7 +66,9 @@ def _parse_batches(value: str) -> tuple[int, ...]:
 @click.option("--seconds", default=240.0, show_default=True, help=f"After so long, only {FEWEST_ROUNDS} rounds.")
 @click.option("--threads", type=click.IntRange(min=1), show_default="the cores", help="Threads of each contender.")
 @click.option("--memory", default=24.0, show_default=True, help="GiB of all processes together.")
-@click.option("--resume", is_flag=True, help="Leave out what the results hold already, for this machine and versions.")
+@click.option(
+    "--resume", is_flag=True, help="Keep what the results hold for this processor, these versions, steps and threads."
+)
 @click.option("--build/--no-build", default=True, show_default=True, help="Build and tune the engines that lack.")
 def main(
     golden: Path | None,
@@ -91,7 +94,7 @@ def main(
     chosen = [row for row in CONTENDERS.values() if row.name in {BASELINE, REFERENCE, *contenders}]
     settings = CellSettings(
         steps=steps,
-        threads=threads or _usable_cores(),
+        threads=threads or usable_cores(),
         rounds=rounds,
         fewest_rounds=min(rounds, FEWEST_ROUNDS),
         seconds=seconds,
@@ -105,7 +108,7 @@ def main(
         loop_overhead=None,
     )
     former = read_table(output) if resume else None
-    if former is not None and _same_machine(former.environment, table.environment):
+    if former is not None and _same_conditions(former, table):
         table = replace(table, cells=former.cells, loop_overhead=former.loop_overhead)
     work.mkdir(parents=True, exist_ok=True)
     for name in models:
@@ -168,17 +171,17 @@ def _with_refused(rows: tuple[Row, ...], refused: Mapping[str, str]) -> tuple[Ro
     return tuple(by_name[name] for name in CONTENDERS if name in by_name)
 
 
-def _same_machine(former: Environment, environment: Environment) -> bool:
-    """Whether figures of a former run may stand beside new ones."""
-    return (former.cpu, former.packages) == (environment.cpu, environment.packages)
+def _same_conditions(former: SpeedTable, table: SpeedTable) -> bool:
+    """Whether figures of a former run may stand beside new ones; their commit and rounds may differ."""
+    ours, theirs = (
+        (each.environment.cpu, each.environment.packages, each.settings.steps, each.settings.threads)
+        for each in (table, former)
+    )
+    return ours == theirs
 
 
 def _show(text: str) -> None:
     click.echo(f"{datetime.now():%H:%M:%S} {text}", err=True)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _physical_bytes() -> float:

@@ -26,8 +26,8 @@ from restyle_deploy.files import sha256_of_file
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, apply_choices, find_sites
 from restyle_deploy.graph.preview import preview_graph
-from restyle_deploy.planner import LEAST_GAIN, Clock, choose, measure_sites, measure_whole, specs_of
-from restyle_deploy.processor import describe_processor
+from restyle_deploy.planner import Clock, choose, measure_sites, measure_whole, specs_of
+from restyle_deploy.processor import describe_processor, usable_cores
 from restyle_deploy.runtime.session import Session, load_graphs
 from restyle_deploy.tuning import Conditions, Times, read_times, write_times
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
@@ -79,7 +79,7 @@ def build_engine(
         BuildError: the backend refuses a graph.
         VerificationError: the engine does not compute what the reference model computes.
         ValueError: no such backend, or fewer than one thread.
-    The bundle stays as it was after an error.
+    After an error the bundle is as it was, except that the times measured so far are kept beside its engines.
     """
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"threads is {options.threads}, expected at least 1")
@@ -158,12 +158,13 @@ class _Building:
             backend=options.backend,
             device=options.device,
             precision=options.precision,
-            threads=options.threads,
+            threads=options.threads or usable_cores(),
             # Of this package too: its rewrites are what is timed.
             library_versions={**backend.library_versions(), "restyle-deploy": __version__},
             processor=describe_processor(),
         )
-        self._known = {} if options.retune else read_times(bundle.path, self._conditions)
+        self._known = read_times(bundle.path, self._conditions)
+        self._anew = options.retune
         self._seconds = 0.0
         self._choices: dict[str, str] = {}
         self._measurements: dict[str, Mapping[str, float]] = {}
@@ -176,7 +177,7 @@ class _Building:
             model = ir.load(source.path)
             sites = find_sites(model)
             times = self._measure(model, sites) if self._options.tune else {}
-            choices = choose(sites, times, TABLE[self._options.backend])
+            choices = choose(sites, times, TABLE[self._options.backend], precision=self._options.precision)
             built = self._build(name, model, choices, directory)
             if times and self._is_slower(name, built, choices):
                 LOGGER.warning("%s: the plan makes it slower; it is computed as exported", name)
@@ -192,7 +193,7 @@ class _Building:
     def plan(self) -> dict[str, Any]:
         """Return what was chosen and measured, as an engine's record has it."""
         return {
-            "origin": "tuned" if self._options.tune else "table",
+            "origin": "tuned" if self._measurements else "table",
             "choices": self._choices,
             "measurements": self._measurements,
             "seconds": round(self._seconds, 1),
@@ -200,7 +201,12 @@ class _Building:
 
     def _measure(self, model: ir.Model, sites: list[Site]) -> Times:
         """Return the times of the kinds of sites that occur: the known ones and those that time allows to measure."""
-        unknown = [site for site in sites if set(self._known.get(site.key, ())) != set(FAMILIES[site.family].choices)]
+        precision = self._options.precision
+        unknown = [
+            site
+            for site in sites
+            if self._anew or set(self._known.get(site.key, ())) != set(FAMILIES[site.family].choices_for(precision))
+        ]
         began = self._clock.elapsed
         self._known |= measure_sites(
             model,
@@ -247,7 +253,7 @@ class _Building:
         exported = self._bundle.graphs[name]
         described = json.dumps([exported.sha256, sorted(choices.items())])
         key = f"whole {name} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
-        if set(self._known.get(key, ())) != {"exported", "planned"}:
+        if self._anew or set(self._known.get(key, ())) != {"exported", "planned"}:
             self._progress(f"comparing the {name} with the exported graph")
             began = self._clock.elapsed
             self._known[key] = measure_whole(
@@ -257,7 +263,7 @@ class _Building:
             write_times(self._bundle.path, self._conditions, self._known)
         times = self._known[key]
         self._measurements[f"whole {name}"] = times
-        return times["planned"] > (1 + LEAST_GAIN) * times["exported"]
+        return times["planned"] > times["exported"]
 
 
 def _verify(bundle: Bundle, backend: Backend, graphs: Mapping[str, GraphRecord], options: BuildOptions) -> None:
@@ -278,7 +284,9 @@ def _check_preview(
     (latent,), (current,) = preview.inputs, preview.outputs
     buffers = {latent.name: np.ascontiguousarray(latents[:1]), current.name: current.allocate(1)}
     runner = backend.load(preview.path, preview.inputs, preview.outputs, options)
-    runner.bind(buffers)()
-    runner.close()
+    try:
+        runner.bind(buffers)()
+    finally:
+        runner.close()
     if not np.isfinite(buffers[current.name]).all():
         raise VerificationError("the engine's preview is not finite; check the model: restyle-deploy verify BUNDLE")

@@ -1,6 +1,7 @@
 """A directory with `manifest.json` <-> `Bundle`. This module owns the format and its version."""
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,11 +166,12 @@ def check_engine_files(bundle: Bundle, engine: EngineRecord, *, roles: Collectio
     check_hashes(expected, since="build", mend=_build_again(bundle, engine))
 
 
-def build_command(bundle: Path, *, backend: str, device: str, precision: str) -> str:
+def build_command(bundle: Path, *, backend: str, device: str, precision: str, tune: bool = False) -> str:
     """Return the command that builds an engine, for messages; options that have their default are left out."""
     others = "" if device == "cpu" else f" --device {device}"
     others += "" if precision == "fp32" else f" --precision {precision}"
-    return f"restyle-deploy build {bundle} --backend {backend}{others}"
+    others += " --tune" if tune else ""
+    return f"restyle-deploy build {shlex.quote(str(bundle))} --backend {backend}{others}"
 
 
 def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: str) -> None:
@@ -259,7 +261,8 @@ def _file_from_json(directory: Path, record: Mapping[str, Any]) -> tuple[Path, s
 
 def _build_again(bundle: Bundle, engine: EngineRecord) -> str:
     backend, device, precision = engine.key
-    command = build_command(bundle.path, backend=backend, device=device, precision=precision)
+    tuned = engine.plan["origin"] == "tuned"
+    command = build_command(bundle.path, backend=backend, device=device, precision=precision, tune=tuned)
     return f"build it again: {command}, or run the exported graphs: --plain (plain=True)"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
+from restyle_deploy.backends.base import EXACT_PRECISION, Backend, Runner, RunnerOptions
 from restyle_deploy.bench.measure import measure_interleaved
 from restyle_deploy.engines import GraphRecord
 from restyle_deploy.graph.edit import fix_batch
@@ -59,18 +59,21 @@ class Clock:
         return self.elapsed >= self.seconds
 
 
-def choose(sites: Iterable[Site], times: Times, table: Choices) -> dict[str, str]:
+def choose(sites: Iterable[Site], times: Times, table: Choices, *, precision: str = EXACT_PRECISION) -> dict[str, str]:
     """Return a choice for each site: the fastest where there are times, the table's elsewhere.
 
     Args:
         sites: of the graphs.
         times: what was measured, perhaps for other sites too.
-        table: family -> choice.
+        table: family -> choice; a family's exported choice takes the place of one that the precision does not allow.
+        precision: that the engine computes in.
     """
     choices = {}
     for site in sites:
-        usual, measured = table[site.family], times.get(site.key, {})
-        known = {choice: time_ms for choice, time_ms in measured.items() if choice in FAMILIES[site.family].choices}
+        family, measured = FAMILIES[site.family], times.get(site.key, {})
+        allowed = family.choices_for(precision)
+        usual = table[site.family] if table[site.family] in allowed else family.exported
+        known = {choice: time_ms for choice, time_ms in measured.items() if choice in allowed}
         fastest = min(known, key=known.__getitem__, default=usual)
         gains = usual not in known or known[fastest] < (1 - LEAST_GAIN) * known[usual]
         choices[site.name] = fastest if gains else usual
@@ -144,12 +147,12 @@ def measure_whole(
 
 
 def _measure_site(model: ir.Model, site: Site, backend: Backend, options: RunnerOptions) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="restyle-deploy-") as folder:
+    with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
         runs: dict[str, Callable[[], None]] = {}
         extra_runs: dict[str, Callable[[], None]] = {}
         runners: list[Runner] = []
         try:
-            for choice in FAMILIES[site.family].choices:
+            for choice in FAMILIES[site.family].choices_for(options.precision):
                 part, extra = _candidate(model, site, choice)
                 for graph, target in ((part, runs), (extra, extra_runs)):
                     if graph is not None:

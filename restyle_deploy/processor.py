@@ -1,5 +1,6 @@
 """This machine's processor: what engines and measurements depend on."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def describe_processor() -> str:
     """Return model name and instruction sets, such as "AMD EPYC (avx2, fma)"; the sets only where Linux lists them."""
     found = ", ".join(read_instruction_sets())
     return f"{read_model_name()} ({found})" if found else read_model_name()
+
+
+def usable_cores() -> int:
+    """Return the number of logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_model_name() -> str:

@@ -23,7 +23,7 @@ class Conditions:
     """What times depend on beside the graphs.
 
     Attributes:
-        backend, device, precision, threads: how the graphs ran; `threads` is None for the backend's choice.
+        backend, device, precision, threads: how the graphs ran.
         library_versions: of the backend.
         processor: `processor.describe_processor()`.
     """
@@ -31,7 +31,7 @@ class Conditions:
     backend: str
     device: str
     precision: str
-    threads: int | None
+    threads: int
     library_versions: Mapping[str, str]
     processor: str
 

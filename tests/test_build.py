@@ -325,7 +325,16 @@ def _measured_keys(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 def test_no_time_leaves_the_choice_to_the_table(bundle: Path, spy: SpyBackend, table_bundle: Path) -> None:
     engine = tune(bundle, seconds=0)
     assert spy.measured == 0
-    assert engine.plan == {**engine_of(table_bundle).plan, "origin": "tuned"}
+    assert engine.plan == engine_of(table_bundle).plan
+    assert engine.plan["origin"] == "table"
+
+
+def test_retuning_keeps_the_times_that_there_was_no_time_to_measure(bundle: Path, spy: SpyBackend) -> None:
+    _prepare_times(bundle, spy)
+    before = (bundle / TUNING).read_bytes()
+    tune(bundle, retune=True, seconds=0)
+    kept = json.loads((bundle / TUNING).read_text(encoding="utf-8"))["entries"][0]["times"]
+    assert kept.items() >= json.loads(before)["entries"][0]["times"].items()
 
 
 @pytest.mark.parametrize("slower", ["encoder", "generator"])

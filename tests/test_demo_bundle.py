@@ -27,6 +27,10 @@ def session(demo_bundle: Path) -> Iterator[Session]:
         yield session
 
 
+def test_no_engine_of_another_machine_is_shipped(demo_bundle: Path) -> None:
+    assert json.loads((demo_bundle / MANIFEST).read_text(encoding="utf-8"))["engines"] == []
+
+
 def test_stored_bundle_of_version_1_is_read(demo_bundle: Path) -> None:
     assert json.loads((demo_bundle / MANIFEST).read_text(encoding="utf-8"))["format_version"] == 1
     bundle = open_bundle(demo_bundle)

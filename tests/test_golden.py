@@ -1,4 +1,4 @@
-"""The official code's own outputs, against the torch model and the exported bundle, at every step."""
+"""The official code's own outputs, against the torch model, the exported bundle and engines, at every step."""
 
 import gc
 import logging
@@ -10,6 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from restyle_deploy.backends import BACKENDS
+from restyle_deploy.build import BuildOptions, build_engine
 from restyle_deploy.checkpoint import load_checkpoint
 from restyle_deploy.export import export_checkpoint
 from restyle_deploy.models.restyle import RestyleModel, model_from_checkpoint
@@ -47,9 +49,20 @@ def test_torch_model_gives_the_official_results(case: GoldenCase) -> None:
     check_steps(latents, images, case)
 
 
-def test_exported_bundle_gives_the_official_results(case: GoldenCase, bundle: Path) -> None:
-    with Session.open(bundle) as session:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exported_bundle_gives_the_official_results(case: GoldenCase, bundle: Path, backend: str) -> None:
+    with Session.open(bundle, backend=backend, plain=True) as session:
         check_average_image(session.bundle.average_image, case)
+        result = session.invert(case.expected["input"], steps=case.steps, every_step=True)
+    check_steps(result.latents, result.images, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_engine_gives_the_official_results(case: GoldenCase, bundle: Path, backend: str) -> None:
+    build_engine(bundle, BuildOptions(backend=backend))
+    gc.collect()
+    with Session.open(bundle, backend=backend) as session:
+        assert session.describe()["plan"] == "table"
         result = session.invert(case.expected["input"], steps=case.steps, every_step=True)
     check_steps(result.latents, result.images, case)
 

@@ -274,3 +274,13 @@ def test_specs_are_those_of_the_bundle(bundle: Bundle, batch: int | None) -> Non
         first = "N" if batch is None else batch
         for spec, stored in zip(found[0] + found[1], record.inputs + record.outputs, strict=True):
             assert spec.shape == (first, *stored.shape[1:])
+
+
+def test_shorter_precision_has_no_choice_that_amplifies_rounding() -> None:
+    site = Site(family="convolution", layer="layer", shape="shape", inputs=(), outputs=(), work=1.0)
+    times = {site.key: {"direct": 2.0, "winograd": 1.0}}
+    for table in ({"convolution": "direct"}, {"convolution": "winograd"}):
+        assert choose([site], times, table) == {site.name: "winograd"}
+        assert choose([site], times, table, precision="bf16") == {site.name: "direct"}
+        assert choose([site], {}, table, precision="bf16") == {site.name: "direct"}
+    assert FAMILIES["convolution"].choices_for("fp32") == ("direct", "winograd")

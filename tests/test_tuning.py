@@ -10,7 +10,7 @@ import pytest
 from restyle_deploy.tuning import Conditions, read_times, write_times
 
 CONDITIONS = Conditions(
-    backend="fake", device="cpu", precision="fp32", threads=None, library_versions={"fake": "1.0"}, processor="Abacus"
+    backend="fake", device="cpu", precision="fp32", threads=2, library_versions={"fake": "1.0"}, processor="Abacus"
 )
 TIMES = {"skip 1→1 to 3×8×8": {"node": 2.5, "transposed": 0.75}}
 FILE = Path("engines") / "tuning.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from restyle_deploy.processor import describe_processor
+from restyle_deploy.processor import describe_processor, usable_cores
 
 PACKAGES = (
     "restyle-deploy",
@@ -52,13 +52,12 @@ class Environment:
 
 def describe_environment() -> Environment:
     """Look at this machine, now: call it before the measurement, which raises the load itself."""
-    logical_cores = os.cpu_count() or 1
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
         cpu=describe_processor(),
-        logical_cores=logical_cores,
-        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical_cores,
+        logical_cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         packages=_installed_versions(),
         commit=_read_commit(Path(__file__).parents[2]),

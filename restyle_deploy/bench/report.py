@@ -125,7 +125,8 @@ def format_table(report: Report) -> str:
         lines = [line + more for line, more in zip(lines, columns, strict=True)] if columns else lines
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    if any(row.latency.unstable for row in report.rows):
+    compared = [row for part in (report.exact, report.against) if part is not None for row in part.rows]
+    if any(row.latency.unstable for row in (*report.rows, *compared)):
         text.append(f"! unstable: interquartile range above {UNSTABLE_ABOVE:.0%} of the median")
     return "\n".join(text)
 

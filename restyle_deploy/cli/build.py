@@ -31,7 +31,7 @@ from restyle_deploy.errors import BackendUnavailableError
     type=click.FloatRange(min=0),
     default=180.0,
     show_default=True,
-    help="Begin no new measurement after so long.",
+    help="Time for measuring the layers; each of the two graphs has half. Comparing whole graphs comes on top.",
 )
 @json_option
 def build(

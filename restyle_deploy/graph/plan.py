@@ -23,9 +23,9 @@ from restyle_deploy.graph.rewrites.tidy import tidy
 from restyle_deploy.graph.rewrites.upsampling_convolution import find_upsampling_convolutions
 from restyle_deploy.graph.rewrites.winograd import can_tile, winograd
 
-# Winograd's transforms cost more than they save with fewer channels or larger images (benchmarks/results/cpu.md).
+# Where Winograd may pay: with fewer channels, on larger and on tiny images its transforms cost more than they save.
 WINOGRAD_CHANNELS = 128
-WINOGRAD_PIXELS = 128 * 128
+WINOGRAD_LEAST_PIXELS, WINOGRAD_MOST_PIXELS = 16 * 16, 256 * 256
 
 # The choice of a graph that a plan would not make faster: no rewrite at all.
 AS_EXPORTED = "as exported"
@@ -74,11 +74,17 @@ class Family:
         find: returns the sites of an exported graph.
         exported: the choice that leaves the graph as it was exported.
         rewrites: the other choices.
+        float32_only: choices that amplify rounding too much for a shorter precision.
     """
 
     find: Callable[[ir.Model], Iterable[Site]]
     exported: str
     rewrites: Mapping[str, Rewrite]
+    float32_only: frozenset[str] = frozenset()
+
+    def choices_for(self, precision: str) -> tuple[str, ...]:
+        """Return the choices that keep a precision, the exported one first."""
+        return tuple(choice for choice in self.choices if precision == "fp32" or choice not in self.float32_only)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -103,7 +109,8 @@ def _convolution_sites(model: ir.Model) -> Iterable[Site]:
         sizes = sizes_of(node.inputs[0])
         if weight is None or sizes is None or not can_tile(node):
             continue
-        if min(weight.shape[:2]) >= WINOGRAD_CHANNELS and sizes[1] * sizes[2] <= WINOGRAD_PIXELS:
+        fits = WINOGRAD_LEAST_PIXELS <= sizes[1] * sizes[2] <= WINOGRAD_MOST_PIXELS
+        if min(weight.shape[:2]) >= WINOGRAD_CHANNELS and fits:
             yield _site("convolution", node, [node.inputs[0]], [node.outputs[0]], weight.shape[:2])
 
 
@@ -166,6 +173,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             find=_convolution_sites,
             exported="direct",
             rewrites={"winograd": winograd},
+            float32_only=frozenset({"winograd"}),  # its transforms have factors up to 8 and 1/24
         ),
         "target": Family(find=_target_sites, exported="every step", rewrites={"once": target_once}),
     }
@@ -183,12 +191,12 @@ TABLE: Mapping[str, Choices] = MappingProxyType(
             "target": "once",
         },
         "openvino": {
-            "upsampling": "depthwise",
+            "upsampling": "separable",
             "skip": "transposed",
             "batchnorm": "kept",
             "heads": "merged",
-            "convolution": "direct",
-            "target": "once",
+            "convolution": "winograd",
+            "target": "every step",
         },
     }
 )

@@ -29,6 +29,7 @@ def preview_graph(generator: ir.Model, config: ModelConfig) -> ir.Model:
     ]
     if not images:
         raise BuildError(f"the generator has no image of {size[1]}×{size[2]} px in its layers {SKIP_LAYERS}*")
+    batch = images[-1].shape[0] if images[-1].shape is not None else None
     graph = ir.convenience.extract(generator.graph, inputs=list(generator.graph.inputs), outputs=[images[-1]])
     functions = [function.clone() for function in generator.functions.values()]
     model = ir.Model(graph, ir_version=generator.ir_version, functions=functions)
@@ -40,7 +41,7 @@ def preview_graph(generator: ir.Model, config: ModelConfig) -> ir.Model:
         bounds = [edit.integers(value) for value in (first, end, 2)]
         crop = ir.node("Slice", (image, *bounds), name=f"{layer_of(source)}/crop")
         graph.append(crop)
-        shape = ir.Shape((*image.shape[:2], end - first, size[2]))  # type: ignore[index]
+        shape = ir.Shape((batch, size[0], end - first, size[2]))
         image, image_type = crop.outputs[0], image.type
         image.shape, image.type = shape, image_type
         graph.outputs[0] = image

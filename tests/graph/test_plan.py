@@ -33,8 +33,9 @@ DATASET_TYPES = pytest.mark.parametrize("dataset_type", ["ffhq_encode", "cars_en
 
 @pytest.fixture(autouse=True)
 def _narrow_layers_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Toy models have fewer channels than any layer that is worth tiling."""
+    """Toy models have fewer channels and pixels than any layer that is worth tiling."""
     monkeypatch.setattr(plan, "WINOGRAD_CHANNELS", 8)
+    monkeypatch.setattr(plan, "WINOGRAD_LEAST_PIXELS", 1)
 
 
 def encoder_of(encoder_type: str) -> ir.Model:
@@ -128,9 +129,11 @@ def test_sites_say_what_their_speed_depends_on() -> None:
     assert [shape for name, shape in shapes.items() if name.endswith(" target")] == ["8→6 to 8×32×32"]
 
 
-def test_narrow_and_large_convolutions_are_not_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "WINOGRAD_PIXELS", 16 * 16)
+def test_narrow_large_and_tiny_convolutions_are_not_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "WINOGRAD_MOST_PIXELS", 16 * 16)
     assert count_sites(exported("generator"))["convolution"] == 3
+    monkeypatch.setattr(plan, "WINOGRAD_LEAST_PIXELS", 8 * 8)
+    assert count_sites(exported("generator"))["convolution"] == 2
     monkeypatch.setattr(plan, "WINOGRAD_CHANNELS", 9)
     assert count_sites(exported("generator"))["convolution"] == 0
 
