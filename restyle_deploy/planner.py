@@ -75,7 +75,8 @@ def choose(sites: Iterable[Site], times: Times, table: Choices, *, precision: st
         usual = table[site.family] if table[site.family] in allowed else family.exported
         known = {choice: time_ms for choice, time_ms in measured.items() if choice in allowed}
         fastest = min(known, key=known.__getitem__, default=usual)
-        gains = usual not in known or known[fastest] < (1 - LEAST_GAIN) * known[usual]
+        least_gain = family.least_gain.get(fastest, LEAST_GAIN)
+        gains = usual not in known or known[fastest] < (1 - least_gain) * known[usual]
         choices[site.name] = fastest if gains else usual
     return choices
 

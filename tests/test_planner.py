@@ -284,3 +284,10 @@ def test_shorter_precision_has_no_choice_that_amplifies_rounding() -> None:
         assert choose([site], times, table, precision="bf16") == {site.name: "direct"}
         assert choose([site], {}, table, precision="bf16") == {site.name: "direct"}
     assert FAMILIES["convolution"].choices_for("fp32") == ("direct", "winograd")
+
+
+@pytest.mark.parametrize(("winograd", "chosen"), [(0.86, "direct"), (0.84, "winograd")])
+def test_choice_that_takes_more_memory_must_gain_more(winograd: float, chosen: str) -> None:
+    site = Site(family="convolution", layer="layer", shape="shape", inputs=(), outputs=(), work=1.0)
+    times = {site.key: {"direct": 1.0, "winograd": winograd}}
+    assert choose([site], times, {"convolution": "direct"}) == {site.name: chosen}

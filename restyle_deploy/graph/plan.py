@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -75,12 +75,15 @@ class Family:
         exported: the choice that leaves the graph as it was exported.
         rewrites: the other choices.
         float32_only: choices that amplify rounding too much for a shorter precision.
+        least_gain: by choice, the share of time that it must save before it replaces the table's; for others
+            `planner.LEAST_GAIN`.
     """
 
     find: Callable[[ir.Model], Iterable[Site]]
     exported: str
     rewrites: Mapping[str, Rewrite]
     float32_only: frozenset[str] = frozenset()
+    least_gain: Mapping[str, float] = field(default_factory=dict)
 
     def choices_for(self, precision: str) -> tuple[str, ...]:
         """Return the choices that keep a precision, the exported one first."""
@@ -174,6 +177,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             exported="direct",
             rewrites={"winograd": winograd},
             float32_only=frozenset({"winograd"}),  # its transforms have factors up to 8 and 1/24
+            least_gain=MappingProxyType({"winograd": 0.15}),  # its weights take four times the memory
         ),
         "target": Family(find=_target_sites, exported="every step", rewrites={"once": target_once}),
     }
