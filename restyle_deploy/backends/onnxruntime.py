@@ -75,11 +75,10 @@ def create_settings(options: RunnerOptions) -> ort.SessionOptions:
     settings = ort.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
     # Encoder and generator have a thread pool each, and they take turns: idle threads that go on spinning after a run
-    # would take a core from the other graph.
+    # would take a core from the other graph. Figures of all choices: docs/cpu.md.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     # One block for all of a run's tensors, planned at the second run, comes on top of what the first run has taken from
-    # the arena: an eighth of the peak memory of a 256 px engine, for no time (benchmarks/onnxruntime_settings.py).
-    # Without the arena it is less still, but runs take 1.1 × as long.
+    # the arena: an eighth of the peak memory of a 256 px engine, for no time.
     settings.enable_mem_pattern = False
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads

@@ -51,10 +51,7 @@ def build(
     reference model's results. `invert` and `bench` use the engine from then on. Needs the extra: pip install
     'restyle-deploy[build]'.
 
-    \b
-    Examples:
-      restyle-deploy build faces --backend onnxruntime --tune
-      restyle-deploy build faces --backend openvino --precision bf16
+    Example: restyle-deploy build faces --backend onnxruntime --tune
     """
     _require_libraries()
     from restyle_deploy.build import BuildOptions, build_engine

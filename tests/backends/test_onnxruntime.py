@@ -159,7 +159,9 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, _truncate, lambda path: path.write_bytes(b"")], ids=str)
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, _truncate, lambda path: path.write_bytes(b"")], ids=["missing", "cut off", "empty"]
+)
 def test_damaged_weights_are_refused(engine: Path, record: GraphRecord, damage: Callable[[Path], object]) -> None:
     damage(engine.with_suffix(".weights"))
     with pytest.raises(BuildError, match=rf"ONNX Runtime {ort.__version__} refuses {engine.name}: "):

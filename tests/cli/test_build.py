@@ -99,13 +99,6 @@ def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
     assert f"default: {DEFAULT_SECONDS}" in run("build", "--help").stdout
 
 
-def test_help_has_examples(run: Run) -> None:
-    result = run("build", "--help")
-    assert result.exit_code == 0
-    assert "  restyle-deploy build faces --backend onnxruntime --tune\n" in result.stdout
-    assert "  restyle-deploy build faces --backend openvino --precision bf16\n" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

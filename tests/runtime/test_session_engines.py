@@ -168,7 +168,7 @@ def test_engine_that_does_not_fit_is_refused_with_the_command(
     bundle: Path, backend: FakeBackend, changes: dict[str, Any], message: str, precision: str, option: str
 ) -> None:
     add_engine(bundle, precision=precision, **{"library_versions": VERSIONS, **changes})
-    command = f"build it again: restyle-deploy build {bundle} --backend onnxruntime{option}, or "
+    command = f"build it again: restyle-deploy build {bundle} --backend onnxruntime{option} --tune, or "
     expected = rf"the engine cannot be used: it was {message}.*; {re.escape(command)}.*--plain \(plain=True\)"
     with pytest.raises(BundleError, match=expected):
         Session.open(bundle, precision=precision)
