@@ -85,6 +85,12 @@ def has_explicit_pads(node: ir.Node) -> bool:
     return attribute is None or attribute.as_string() == "NOTSET"
 
 
+def window_of(convolution: ir.Node) -> dict[str, tuple[int, ...]]:
+    """Return the attributes that say which inputs an output of a convolution reads, those that are given."""
+    names = ("pads", "strides", "dilations", "kernel_shape")
+    return {name: integers_of(convolution, name) for name in names if name in convolution.attributes}
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """Return the node that alone reads a value, None where there are several or it is an output of the graph."""
     users = {use.node for use in value.uses()}

@@ -16,6 +16,7 @@ from restyle_deploy.graph.edit import (
     only_user,
     replace_value,
     sizes_of,
+    window_of,
 )
 
 DEFAULT_EPSILON = 1e-5
@@ -47,16 +48,11 @@ def leading_batchnorm(model: ir.Model, *, layers: Collection[str] | None = None)
         edit = Edit(model, convolution, "leading_batchnorm")
         folded = edit.constant((weight.astype(np.float64) * scale[:, None, None]).astype(np.float32))
         others = convolution.inputs[2:]
-        y = edit.add("Conv", x, folded, *(value for value in others if value is not None), **_attributes(convolution))
+        y = edit.add("Conv", x, folded, *(value for value in others if value is not None), **window_of(convolution))
         shifted = _convolve_constant(weight.astype(np.float64), beta - mean * scale, sizes[1:], convolution)
         replace_value(convolution.outputs[0], edit.add("Add", y, edit.constant(shifted)))
         model.graph.remove((convolution, node), safe=True)
     return model
-
-
-def _attributes(convolution: ir.Node) -> dict[str, tuple[int, ...]]:
-    names = ("pads", "strides", "dilations", "kernel_shape")
-    return {name: integers_of(convolution, name) for name in names if name in convolution.attributes}
 
 
 def _convolve_constant(weight: np.ndarray, shift: np.ndarray, size: tuple[int, ...], node: ir.Node) -> Array:

@@ -13,10 +13,10 @@ from restyle_deploy.graph.edit import (
     array_of,
     has_explicit_pads,
     integer_of,
-    integers_of,
     layer_of,
     only_user,
     replace_value,
+    window_of,
 )
 
 TARGET = "target"
@@ -58,7 +58,7 @@ def target_once(model: ir.Model, *, layers: Collection[str] | None = None) -> ir
     features = ir.Value(name=TARGET_FEATURES, shape=convolution.outputs[0].shape, type=convolution.outputs[0].type)
     edit = Edit(model, convolution, TARGET_FEATURES)
     weight = edit.constant(np.ascontiguousarray(found.weight[:, found.weight.shape[1] // 2 :]))
-    y = edit.add("Conv", found.current, weight, **_attributes(convolution))
+    y = edit.add("Conv", found.current, weight, **window_of(convolution))
     replace_value(convolution.outputs[0], edit.add("Add", y, features))
     model.graph.remove((convolution, found.concat), safe=True)
     model.graph.inputs[model.graph.inputs.index(found.target)] = features
@@ -84,7 +84,7 @@ def target_graph(model: ir.Model) -> ir.Model | None:
         arrays["bias"] = bias
     target = ir.Value(name=TARGET, shape=found.target.shape, type=found.target.type)
     constants = [ir.Value(name=name, const_value=ir.tensor(array, name=name)) for name, array in arrays.items()]
-    node = ir.node("Conv", (target, *constants), attributes=_attributes(convolution), name=convolution.name)
+    node = ir.node("Conv", (target, *constants), attributes=window_of(convolution), name=convolution.name)
     output = node.outputs[0]
     output.name, output.shape, output.type = TARGET_FEATURES, convolution.outputs[0].shape, convolution.outputs[0].type
     opsets = dict(model.graph.opset_imports)
@@ -109,8 +109,3 @@ def first_convolution(model: ir.Model) -> FirstConvolution | None:
     if weight is None or not constant_bias or not plain:
         return None
     return FirstConvolution(target=target, current=current, concat=concat, convolution=convolution, weight=weight)
-
-
-def _attributes(convolution: ir.Node) -> dict[str, tuple[int, ...]]:
-    names = ("pads", "strides", "dilations", "kernel_shape")
-    return {name: integers_of(convolution, name) for name in names if name in convolution.attributes}
