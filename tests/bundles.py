@@ -19,7 +19,7 @@ from restyle_deploy.model_config import ModelConfig, graph_specs
 from restyle_deploy.processor import describe_processor
 from restyle_deploy.tensors import BATCH, TensorSpec
 
-PLAN = {
+PLAN: dict[str, Any] = {
     "origin": "tuned",
     "choices": {"generator.up.64": "polyphase", "encoder.input": "split"},
     "measurements": {"generator.up.64": {"polyphase": 1.25, "transposed": 2.5}},

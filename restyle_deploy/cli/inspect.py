@@ -91,8 +91,18 @@ def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
         "processor": engine.processor,
         "graphs": list(engine.graphs),
         "plan": f"{plan['origin']}, measured for {plan['seconds']:.1f} s" if plan["seconds"] else plan["origin"],
+        **({"whole graphs": wholes} if (wholes := _describe_wholes(plan["measurements"])) else {}),
         "sites": _describe_sites(plan["choices"], plan["measurements"]),
     }
+
+
+def _describe_wholes(measurements: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a text per graph that was timed as exported and as planned."""
+    return [
+        f"{name} {', '.join(f'{way} {time:.2f}' for way, time in times.items())} ms"
+        for name, times in measurements.items()
+        if name.startswith("whole ")
+    ]
 
 
 def _describe_sites(choices: Mapping[str, str], measurements: Mapping[str, Mapping[str, float]]) -> dict[str, str]:

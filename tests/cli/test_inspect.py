@@ -45,7 +45,10 @@ def test_json_describes_the_graphs(run: Run, toy_bundle: Path) -> None:
 
 def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
-    add_engine(bundle, roles=("target",), library_versions={"onnxruntime": "1.2", "other": "3"}, processor="Abacus")
+    wholes = {"whole generator": {"exported": 4.0, "planned": 3.0}}
+    timed = {**PLAN, "measurements": {**PLAN["measurements"], **wholes}}
+    versions = {"onnxruntime": "1.2", "other": "3"}
+    add_engine(bundle, roles=("target",), library_versions=versions, processor="Abacus", plan=timed)
     plan = {**PLAN, "origin": "table", "measurements": {}, "seconds": 0}
     add_engine(bundle, precision="bf16", batch=1, plan=plan)
     result = run("inspect", bundle)
@@ -68,6 +71,7 @@ def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_p
         "processor": "Abacus",
         "graphs": "target, encoder, generator",
         "plan": "tuned, measured for 3.5 s",
+        "whole graphs": "whole generator exported 4.00, planned 3.00 ms",
         "generator.up.64": "polyphase  polyphase 1.25*, transposed 2.50 ms",
         "encoder.input": "split",
     }
