@@ -1,4 +1,4 @@
-"""Upsample, FIR-filter and downsample in one operator: torch reference and ONNX local function."""
+"""Upsample, FIR-filter and downsample in one operator, with an epilogue as an option: torch reference."""
 
 from typing import TYPE_CHECKING
 
@@ -6,55 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from restyle_deploy.ops import onnx_functions
+from restyle_deploy.ops.fused_bias_act import GAIN, NEGATIVE_SLOPE, fused_bias_act
+from restyle_deploy.ops.switch import active_kernels
+
 if TYPE_CHECKING:
     import onnx
 
 Pads = tuple[int, int, int, int]
 
-# The node's attributes are ONNX-like lists: up and down [vertical, horizontal], pads [top, left, bottom, right].
-# `channels` is the static C of x, so that the filter is one depthwise convolution.
-_ONNX_FUNCTION = """
-<opset_import: ["" : 20], domain: "restyle_deploy">
-UpFirDn2d <up, down, pads, channels> (x, kernel) => (y) {
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    factors = Constant <value_ints: ints = @up> ()
-    inserted = Sub (factors, one)
-    no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 0, 0]> ()
-    all_insertions = Concat <axis = 0> (no_pads, inserted)
-    insertion_order = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 10]> ()
-    insertion_pads = Gather (all_insertions, insertion_order)
-    inner_axes = Constant <value_ints = [3, 5]> ()
-    columns = Unsqueeze (x, inner_axes)
-    with_zeros = Pad (columns, insertion_pads)
-    outer_shape = Shape <end = 2> (x)
-    inner_shape = Shape <start = 2> (x)
-    upsampled_inner = Mul (inner_shape, factors)
-    upsampled_shape = Concat <axis = 0> (outer_shape, upsampled_inner)
-    upsampled = Reshape (with_zeros, upsampled_shape)
-    border = Constant <value_ints: ints = @pads> ()
-    zero_and_border = Concat <axis = 0> (zero, border)
-    border_order = Constant <value_ints = [0, 0, 1, 2, 0, 0, 3, 4]> ()
-    border_pads = Gather (zero_and_border, border_order)
-    padded = Pad (upsampled, border_pads)
-    last = Constant <value_ints = [-1, -1]> ()
-    before_first = Constant <value_ints = [-9223372036854775807, -9223372036854775807]> ()
-    outer_axes = Constant <value_ints = [0, 1]> ()
-    flipped = Slice (kernel, last, before_first, outer_axes, last)
-    depthwise = Unsqueeze (flipped, outer_axes)
-    channel_count = Constant <value_int: int = @channels> ()
-    channel_count_1d = Reshape (channel_count, one)
-    weight_shape = Concat <axis = 0> (channel_count_1d, one, one, one)
-    weight = Expand (depthwise, weight_shape)
-    y = Conv <group: int = @channels, strides: ints = @down> (padded, weight)
-}
-"""
-
 
 def upfirdn2d(x: Tensor, kernel: Tensor, *, up: int = 1, down: int = 1, pads: Pads = (0, 0, 0, 0)) -> Tensor:
     """Insert zeros, pad, convolve with a FIR filter and keep every `down`-th sample, in plain torch.
 
-    While a graph is exported, emit one node `restyle_deploy::UpFirDn2d` instead.
+    Inside `ops.switch.use_cuda_kernels` our kernel computes it on a GPU. While a graph is exported, emit one node
+    `restyle_deploy::UpFirDn2d` instead.
 
     Args:
         x: [N, C, H, W] floating point.
@@ -85,8 +51,11 @@ def upfirdn2d(x: Tensor, kernel: Tensor, *, up: int = 1, down: int = 1, pads: Pa
             {"up": [up, up], "down": [down, down], "pads": list(pads), "channels": channels},
             dtype=x.dtype,
             shape=(batch, channels, *size),
-            version=1,
+            version=onnx_functions.DOMAIN_VERSION,
         )
+    if (kernels := active_kernels(x)) is not None:
+        y: Tensor = kernels.upfirdn2d(x, kernel, up=up, down=down, pads=pads)
+        return y
     if up > 1:
         x = functional.pad(x.reshape(batch, channels, height, 1, width, 1), (0, up - 1, 0, 0, 0, up - 1))
         x = x.view(batch, channels, height * up, width * up)
@@ -95,8 +64,56 @@ def upfirdn2d(x: Tensor, kernel: Tensor, *, up: int = 1, down: int = 1, pads: Pa
     return functional.conv2d(x, weight, stride=down, groups=channels)
 
 
-def onnx_function() -> "onnx.FunctionProto":
-    """Return the node's body in standard operators, for runtimes without a kernel of ours."""
-    import onnx
+def upfirdn2d_epilogue(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    up: int = 1,
+    down: int = 1,
+    pads: Pads = (0, 0, 0, 0),
+    bias: Tensor | None = None,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_strength: float = 1.0,
+    next_scale: Tensor | None = None,
+    negative_slope: float | None = NEGATIVE_SLOPE,
+    gain: float | None = GAIN,
+) -> Tensor:
+    """Compute `fused_bias_act(upfirdn2d(x, kernel), ...)`: the reference of the kernel that does both in one pass.
 
-    return onnx.parser.parse_function(_ONNX_FUNCTION)
+    The arguments are those of the two functions; `noise` has the size of the filtered image.
+
+    Raises:
+        ValueError: the padded image is smaller than the filter.
+    """
+    if (kernels := active_kernels(x)) is not None:
+        y: Tensor = kernels.upfirdn2d_epilogue(
+            x,
+            kernel,
+            up=up,
+            down=down,
+            pads=pads,
+            bias=bias,
+            demod=demod,
+            noise=noise,
+            noise_strength=noise_strength,
+            next_scale=next_scale,
+            negative_slope=negative_slope,
+            gain=gain,
+        )
+        return y
+    return fused_bias_act(
+        upfirdn2d(x, kernel, up=up, down=down, pads=pads),
+        bias,
+        demod=demod,
+        noise=noise,
+        noise_strength=noise_strength,
+        next_scale=next_scale,
+        negative_slope=negative_slope,
+        gain=gain,
+    )
+
+
+def onnx_function() -> "onnx.FunctionProto":
+    """Return the exported node's body in standard operators, for runtimes without a kernel of ours."""
+    return onnx_functions.onnx_function("UpFirDn2d")

@@ -1,0 +1,253 @@
+"""NVRTC behind a cache: what comes back, what is kept, and what the errors say. No GPU is needed."""
+
+import importlib.metadata
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.ops import compiler
+from restyle_deploy.ops.compiler import (
+    CompiledKernels,
+    KernelResources,
+    compile_kernels,
+    default_cache,
+    kernel_source_hash,
+    parse_resources,
+    read_source,
+)
+
+SOURCE = """
+#include <cuda_fp16.h>
+template <typename T, int SHIFT>
+__global__ void shift(const T* x, int count, T* y) {
+    __shared__ T row[64];
+    const int i = threadIdx.x % 64;
+    row[i] = x[i];
+    __syncthreads();
+    if (i < count) y[i] = row[(i + SHIFT) % 64];
+}
+"""
+EXPRESSIONS = ("shift<float, 1>", "shift<__half, 2>")
+# The form of ptxas 13.5, and of 12, with a function that is not inlined.
+REPORT = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aIfEvv' for 'sm_75'
+ptxas info    : Function properties for _Z1aIfEvv
+ptxas         .     24 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 256 bytes smem, 372 bytes cmem[0]
+ptxas info    : Compile time = 15.295 ms
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_75'
+ptxas info    : Function properties for _Z1bv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for _Z4calli
+    16 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, 372 bytes cmem[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> None:
+    try:
+        compiler.check_available()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def compiled(nvrtc: None, tmp_path: Path) -> CompiledKernels:
+    return compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, only the cache can answer."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(compiler, "_compile", refuse)
+
+
+def test_report_is_read() -> None:
+    assert parse_resources(REPORT) == {
+        "_Z1aIfEvv": KernelResources(registers=40, spill_bytes=12, shared_bytes=256, stack_bytes=24),
+        "_Z1bv": KernelResources(registers=255, spill_bytes=4, shared_bytes=0, stack_bytes=16),
+    }
+
+
+def test_a_cubin_has_its_symbols_and_its_report(compiled: CompiledKernels) -> None:
+    assert compiled.code.startswith(b"\x7fELF")
+    assert (compiled.format, compiled.arch) == ("cubin", "sm_90")
+    assert tuple(compiled.names) == EXPRESSIONS
+    assert all(symbol.encode() in compiled.code for symbol in compiled.names.values())
+    assert [compiled.resources[expression].shared_bytes for expression in EXPRESSIONS] == [256, 128]
+    assert all(0 < each.registers < 64 for each in compiled.resources.values())
+
+
+def test_ptx_is_text_for_the_architecture(nvrtc: None, tmp_path: Path) -> None:
+    compiled = compile_kernels("shift", EXPRESSIONS, arch="sm_86", format="ptx", cache=tmp_path, source=SOURCE)
+    assert b".target sm_86" in compiled.code
+    assert all(symbol.encode() in compiled.code for symbol in compiled.names.values())
+    assert compiled.resources == {}
+
+
+def test_spills_and_stack_are_seen(nvrtc: None, tmp_path: Path) -> None:
+    source = """
+    template <int N> __global__ void sums(const float* x, int n, float* y) {
+        float kept[N];
+        for (int i = 0; i < N; ++i) kept[i] = x[i];
+        for (int i = 0; i < n; ++i) y[i] = kept[(i * 7) % N];
+    }
+    """
+    (resources,) = compile_kernels(
+        "sums", ["sums<100>"], arch="sm_80", cache=tmp_path, source=source
+    ).resources.values()
+    assert resources.stack_bytes == 400
+
+
+def test_the_second_time_comes_from_the_cache(compiled: CompiledKernels, tmp_path: Path, no_compiler: None) -> None:
+    assert compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE) == compiled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": SOURCE + "\n"},
+        {"arch": "sm_80"},
+        {"format": "ptx"},
+        {"expressions": EXPRESSIONS[:1]},
+    ],
+)
+def test_whatever_changes_the_code_is_another_entry(
+    compiled: CompiledKernels, tmp_path: Path, no_compiler: None, changes: dict[str, str]
+) -> None:
+    arguments = {"expressions": EXPRESSIONS, "arch": "sm_90", "source": SOURCE, **changes}
+    with pytest.raises(AssertionError, match="compiled"):
+        compile_kernels("shift", cache=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["_compiler_version", "SOURCES"])
+def test_another_compiler_or_header_is_another_entry(
+    compiled: CompiledKernels, tmp_path: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    (headers / "common.cuh").write_text("// another one\n", encoding="utf-8")
+    monkeypatch.setattr(compiler, what, headers if what == "SOURCES" else lambda: "99.0")
+    with pytest.raises(AssertionError, match="compiled"):
+        compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no line", b"0000\n{}", None])
+def test_a_damaged_entry_is_compiled_again(
+    compiled: CompiledKernels, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (entry,) = tmp_path.glob("*.json")
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-9] if damage is None else damage)
+    with caplog.at_level(logging.WARNING, logger=compiler.__name__):
+        again = compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+    assert again == compiled
+    assert entry.read_bytes() == whole
+    assert ("is damaged" in caplog.text) == (damage is None or b"\n" in damage)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    nvrtc: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert compile_kernels("shift", EXPRESSIONS, arch="sm_75", cache=file, source=SOURCE).arch == "sm_75"
+    assert "compiled kernels are not kept" in caplog.text
+
+
+def test_nothing_half_written_is_left(compiled: CompiledKernels, tmp_path: Path) -> None:
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "source", "arch", "message"),
+    [
+        ("shift<float, 1>", SOURCE.replace("row[i]", "row[j]"), "sm_90", r"shift\.cu for sm_90: .*\"j\" is undefined"),
+        ("twist<float>", SOURCE, "sm_90", r"shift\.cu for sm_90: .*\"twist\" is undefined"),
+        ("shift<float, 1>", SOURCE, "sm_7", r"shift\.cu for sm_7: .*gpu-architecture"),
+    ],
+)
+def test_what_the_compiler_refuses_is_said_in_a_line(
+    nvrtc: None, tmp_path: Path, expression: str, source: str, arch: str, message: str
+) -> None:
+    with pytest.raises(BuildError, match=message) as caught:
+        compile_kernels("shift", [expression], arch=arch, cache=tmp_path, source=source)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_call_is_named(nvrtc: None) -> None:
+    from cuda.bindings.nvrtc import nvrtcResult
+
+    with pytest.raises(BuildError, match="NVRTC: NVRTC_ERROR_OUT_OF_MEMORY"):
+        compiler._check((nvrtcResult.NVRTC_ERROR_OUT_OF_MEMORY,))
+
+
+def test_missing_cuda_core_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(BackendUnavailableError, match=r"need cuda-core.*pip install 'restyle-deploy\[cuda\]'"):
+        compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+def test_missing_nvrtc_is_named(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cuda.bindings import nvrtc as bindings
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    def fail() -> None:
+        raise DynamicLibNotFoundError("no libnvrtc")
+
+    monkeypatch.setattr(bindings, "nvrtcVersion", fail)
+    with pytest.raises(BackendUnavailableError, match=r"need nvidia-cuda-nvrtc.*restyle-deploy\[cuda\]"):
+        compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+def test_missing_headers_are_named(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import cuda.pathfinder
+
+    monkeypatch.setattr(cuda.pathfinder, "find_nvidia_header_directory", lambda name: None)
+    with pytest.raises(BackendUnavailableError, match=r"need nvidia-cuda-runtime.*restyle-deploy\[cuda\]"):
+        compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+def test_a_toolkits_compiler_has_its_own_version(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    major, minor = compiler._compiler_version().split(".")
+    assert int(major) >= 12
+    assert int(minor) >= 0
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RESTYLE_DEPLOY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_cache() == Path("/home/someone/.cache/restyle-deploy/kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_cache() == Path("/cache/restyle-deploy/kernels")
+    monkeypatch.setenv("RESTYLE_DEPLOY_CACHE", "/elsewhere")
+    assert default_cache() == Path("/elsewhere/kernels")
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown kernel 'shift'; known are"):
+        read_source("shift")
+
+
+def test_the_hash_is_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    (tmp_path / "a.cu").write_text("a", encoding="utf-8")
+    before = kernel_source_hash()
+    assert kernel_source_hash() == before
+    (tmp_path / "common.cuh").write_text("b", encoding="utf-8")
+    assert len({before, kernel_source_hash()}) == 2
