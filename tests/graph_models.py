@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from restyle_deploy.graph.edit import Attribute
-from restyle_deploy.graph.export import DOMAIN, DOMAIN_VERSION, OPSET, encoder_graph, generator_graph
+from restyle_deploy.graph.export import encoder_graph, generator_graph
 from restyle_deploy.ops import fused_bias_act, upfirdn2d
+from restyle_deploy.ops.onnx_functions import DOMAIN, DOMAIN_VERSION, OPSET
 from tests.toy import toy_model
 
 Array = NDArray[np.float32]

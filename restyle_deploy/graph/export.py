@@ -16,11 +16,9 @@ from restyle_deploy.errors import ExportError
 from restyle_deploy.model_config import graph_specs
 from restyle_deploy.models.restyle import RestyleModel
 from restyle_deploy.ops import fused_bias_act, upfirdn2d
+from restyle_deploy.ops.onnx_functions import DOMAIN, DOMAIN_VERSION, OPSET
 from restyle_deploy.tensors import BATCH, TensorSpec
 
-OPSET = 20
-DOMAIN = "restyle_deploy"
-DOMAIN_VERSION = 1
 # Traced with two images: the exporter would take a batch of one for a constant.
 TRACED_BATCH = 2
 # Constants of any size are folded; the exporter's default leaves the scaling of large weights to every start.

@@ -11,6 +11,7 @@ from restyle_deploy.graph.edit import array_of, integers_of, layer_of, nodes_of_
 from restyle_deploy.graph.rewrites.constant_weights import constant_weights
 from restyle_deploy.graph.rewrites.depthwise_filter import depthwise_filter, separable_filter
 from restyle_deploy.graph.rewrites.fold_batchnorm import fold_batchnorm
+from restyle_deploy.graph.rewrites.fuse_epilogue import fuse_epilogue
 from restyle_deploy.graph.rewrites.leading_batchnorm import leading_batchnorm
 from restyle_deploy.graph.rewrites.merge_heads import find_heads, merge_heads
 from restyle_deploy.graph.rewrites.merged_upsampling import merged_upsampling
@@ -183,7 +184,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
-# What measured fastest at most shapes: two cores with AVX2, ONNX Runtime 1.32 and OpenVINO 2026.4.
+# For CPUs, what measured fastest at most shapes: two cores with AVX2, ONNX Runtime 1.32 and OpenVINO 2026.4. For GPUs,
+# what reads and writes least; "node" is our kernel there. TensorRT for RTX takes no kernel of ours, and has no
+# transposed convolution of bfloat16 maps.
 TABLE: Mapping[str, Choices] = MappingProxyType(
     {
         "onnxruntime": {
@@ -202,6 +205,22 @@ TABLE: Mapping[str, Choices] = MappingProxyType(
             "convolution": "winograd",
             "target": "every step",
         },
+        "tensorrt": {
+            "upsampling": "node",
+            "skip": "node",
+            "batchnorm": "kept",
+            "heads": "merged",
+            "convolution": "direct",
+            "target": "every step",
+        },
+        "tensorrt-rtx": {
+            "upsampling": "polyphase",
+            "skip": "transposed",
+            "batchnorm": "kept",
+            "heads": "merged",
+            "convolution": "direct",
+            "target": "every step",
+        },
     }
 )
 
@@ -211,7 +230,9 @@ def find_sites(model: ir.Model) -> list[Site]:
     return [site for family in FAMILIES.values() for site in family.find(model)]
 
 
-def apply_choices(model: ir.Model, sites: Iterable[Site], choices: Choices) -> ir.Model | None:
+def apply_choices(
+    model: ir.Model, sites: Iterable[Site], choices: Choices, *, epilogues: bool = False
+) -> ir.Model | None:
     """Rewrite an exported graph by a plan, and tidy it.
 
     Beside what the plan chooses, constant weights, folded normalisations and scaled constants are for all: they take
@@ -221,12 +242,15 @@ def apply_choices(model: ir.Model, sites: Iterable[Site], choices: Choices) -> i
         model: changed in place.
         sites: of this graph.
         choices: by `Site.name`; a site that is not named stays as it was exported.
+        epilogues: leave what follows a convolution to one node each instead of scaling its constants; for backends with
+            our kernels, and before a graph is typed to float16, whose range these nodes do not depend on.
     Returns:
         The graph that runs once per image and gives the encoder's target features, where the plan wants them.
     """
     constant_weights(model)
     fold_batchnorm(model)
-    scale_constants(model)
+    if not epilogues:
+        scale_constants(model)
     layers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for site in sites:
         layers[site.family, choices.get(site.name, FAMILIES[site.family].exported)].append(site.layer)
@@ -235,6 +259,8 @@ def apply_choices(model: ir.Model, sites: Iterable[Site], choices: Choices) -> i
         for choice, rewrite in family.rewrites.items():
             if layers[name, choice]:
                 rewrite(model, layers=layers[name, choice])
+    if epilogues:
+        fuse_epilogue(model)  # behind the filters that are left
     tidy(model)
     return target
 

@@ -42,13 +42,13 @@ def encoder_of(encoder_type: str) -> ir.Model:
     return exported("encoder", encoder_type=encoder_type)
 
 
-def check_plan(model: ir.Model, families: dict[str, str]) -> ir.Model:
+def check_plan(model: ir.Model, families: dict[str, str], *, epilogues: bool = False) -> ir.Model:
     """Give each site the choice of its family, compare with the exported graph, and return the rewritten one."""
     sites = find_sites(model)
     assert set(families) & {site.family for site in sites}, "nothing to choose"
     rewritten = model.clone()
     choices = {site.name: families.get(site.family, EXPORTED[site.family]) for site in sites}
-    target = apply_choices(rewritten, sites, choices)
+    target = apply_choices(rewritten, sites, choices, epilogues=epilogues)
     onnx.checker.check_model(content(rewritten))
     assert (target is not None) == ("once" in [choices[site.name] for site in sites if site.family == "target"])
     inputs_kept = slice(1, None) if target is not None else slice(None)
@@ -160,7 +160,15 @@ def test_encoders_compute_the_same_with_every_choice(encoder_type: str, family: 
 )
 def test_the_tables_plans_compute_the_same(name: str, encoder_type: str, backend: str) -> None:
     rewritten = check_plan(exported(name, encoder_type=encoder_type), dict(TABLE[backend]))
-    assert not rewritten.functions
+    assert not rewritten.functions or TABLE[backend]["upsampling"] == "node"
+
+
+@pytest.mark.parametrize(("backend", "filters"), [("tensorrt", 4), ("tensorrt-rtx", 0)])
+def test_epilogues_follow_the_filters_that_are_left(backend: str, filters: int) -> None:
+    rewritten = check_plan(exported("generator"), dict(TABLE[backend]), epilogues=True)
+    assert operators(rewritten)["UpFirDn2dEpilogue"] == filters
+    assert operators(rewritten)["BiasActEpilogue"] == 9 - filters
+    assert operators(rewritten)["FusedBiasAct"] == operators(rewritten)["LeakyRelu"] == 0
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.upstream_arithmetic import UpstreamArithmetic
 from restyle_deploy.graph.edit import array_of
-from restyle_deploy.graph.export import FOLDING_LIMIT, OPSET
+from restyle_deploy.graph.export import FOLDING_LIMIT
 from restyle_deploy.graph.rewrites.constant_weights import constant_weights
 from restyle_deploy.ops import fused_bias_act
+from restyle_deploy.ops.onnx_functions import OPSET
 from tests.graph_models import (
     GraphMaker,
     check_nothing_changes,

@@ -18,13 +18,16 @@ from restyle_deploy.graph.export import encoder_graph, generator_graph
 from restyle_deploy.graph.rewrites.constant_weights import constant_weights
 from restyle_deploy.graph.rewrites.depthwise_filter import depthwise_filter, separable_filter
 from restyle_deploy.graph.rewrites.fold_batchnorm import fold_batchnorm
+from restyle_deploy.graph.rewrites.fuse_epilogue import fuse_epilogue
 from restyle_deploy.graph.rewrites.leading_batchnorm import leading_batchnorm
 from restyle_deploy.graph.rewrites.merge_heads import merge_heads
 from restyle_deploy.graph.rewrites.merged_upsampling import merged_upsampling
+from restyle_deploy.graph.rewrites.normalize_styles import normalize_styles
 from restyle_deploy.graph.rewrites.phase_upsampling import phase_upsampling
 from restyle_deploy.graph.rewrites.polyphase_upsampling import polyphase_upsampling
 from restyle_deploy.graph.rewrites.scale_constants import scale_constants
 from restyle_deploy.graph.rewrites.skip_upsample import skip_upsample
+from restyle_deploy.graph.rewrites.split_batchnorm import split_batchnorm
 from restyle_deploy.graph.rewrites.target_features import TARGET, target_graph, target_once
 from restyle_deploy.graph.rewrites.tidy import tidy
 from restyle_deploy.graph.rewrites.winograd import winograd
@@ -45,8 +48,10 @@ GENERATOR_REWRITES = (
     polyphase_upsampling,
     skip_upsample,
     winograd,
+    fuse_epilogue,
+    normalize_styles,
 )
-ENCODER_REWRITES = (leading_batchnorm, merge_heads, target_once, winograd)
+ENCODER_REWRITES = (leading_batchnorm, merge_heads, target_once, winograd, split_batchnorm)
 # The exporter leaves them nothing to do; they must not do anything else.
 IDLE_REWRITES = (constant_weights, fold_batchnorm)
 
@@ -104,7 +109,8 @@ def check_rewrite(rewrite: Rewrite, reference: Reference, directory: Path) -> No
         inputs |= features
     rewrite(model)
     is_changed = operators(model) != before
-    assert is_changed == (rewrite is not tidy and (rewrite is not leading_batchnorm or "BatchNormalization" in before))
+    needs_batchnorm = rewrite in (leading_batchnorm, split_batchnorm)
+    assert is_changed == (rewrite is not tidy and (not needs_batchnorm or "BatchNormalization" in before))
     if not is_changed and rewrite is not tidy:
         return
     path = save_with_data(model, directory, "rewritten")
