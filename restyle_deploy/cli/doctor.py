@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,23 +11,47 @@ from restyle_deploy.cli.options import json_option
 
 if TYPE_CHECKING:
     from restyle_deploy.doctor import Diagnosis
+    from restyle_deploy.gpu_checks import GpuReport
 
 
 @click.command()
+@click.option("--gpu", is_flag=True, help="Try everything that needs a GPU on the first one; takes minutes.")
+@click.option(
+    "--bundle",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --gpu: build engines from this bundle, in a temporary copy.",
+)
 @json_option
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, gpu: bool, bundle: Path | None, as_json: bool) -> None:
     """Tell what is installed, what can run here, and how to mend the rest.
 
-    Exits with 1 if no backend can run.
+    Exits with 1 if no backend can run. With --gpu: compiles our kernels for the GPU, compares them with torch, builds
+    and verifies engines, prints what came of it as the row for the table in docs/gpu.md, and exits with 1 if a check
+    failed or there is no GPU.
 
-    Example: restyle-deploy doctor
+    \b
+    Examples: restyle-deploy doctor
+              restyle-deploy doctor --gpu --bundle engines/demo-faces
     """
+    if bundle is not None and not gpu:
+        raise click.UsageError("--bundle goes with --gpu")
+    if gpu:
+        from restyle_deploy.gpu_checks import run_gpu_checks
+
+        report = run_gpu_checks(bundle, progress=lambda name: click.echo(f"{name} …", err=True))
+        click.echo(json.dumps(dataclasses.asdict(report), indent=2) if as_json else _format_report(report))
+        context.exit(0 if report.is_sound else 1)
     from restyle_deploy.doctor import examine_installation
 
     diagnosis = examine_installation()
     click.echo(json.dumps(dataclasses.asdict(diagnosis), indent=2) if as_json else _format_diagnosis(diagnosis))
     context.exit(0 if diagnosis.usable else 1)
+
+
+def _format_report(report: "GpuReport") -> str:
+    outcomes = [f"  {name}: {outcome.status}: {outcome.detail}" for name, outcome in report.outcomes.items()]
+    return "\n".join([f"{report.gpu.name}, {report.gpu.arch}", *outcomes, "", report.as_table_row()])
 
 
 def _format_diagnosis(diagnosis: "Diagnosis") -> str:
