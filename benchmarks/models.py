@@ -17,7 +17,6 @@ from benchmarks.contenders import Contender, ModelFiles
 from restyle_deploy.backends import load_backend
 from restyle_deploy.bundle import check_engine, find_engine, read_bundle
 from restyle_deploy.errors import BackendUnavailableError, BundleError, RestyleDeployError
-from restyle_deploy.processor import describe_processor
 from restyle_deploy.runtime.images import load_image, resize_image
 
 DEMO = "demo"
@@ -105,8 +104,10 @@ def _has_engine(directory: Path, backend: str, precision: str) -> bool:
     if engine is None:
         return False
     try:
-        versions = load_backend(backend).library_versions()
-        check_engine(bundle, engine, library_versions=versions, processor=describe_processor())
+        module = load_backend(backend)
+        check_engine(
+            bundle, engine, library_versions=module.library_versions(), processors=module.processors(engine.device)
+        )
     except (BackendUnavailableError, BundleError):
         return False
     return True

@@ -1,7 +1,6 @@
 """A directory with `manifest.json` <-> `Bundle`. This module owns the format and its version."""
 
 import json
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.engines import ENGINES, engine_as_json, engine_from_json
+from restyle_deploy.engines import (
+    ENGINES,
+    DamagedEngine,
+    build_command,
+    engine_as_json,
+    engine_from_json,
+    engines_from_json,
+    key_of_record,
+)
 from restyle_deploy.engines import EngineRecord as EngineRecord  # a bundle's records are part of its module
 from restyle_deploy.engines import GraphRecord as GraphRecord
 from restyle_deploy.errors import BundleError
@@ -44,6 +51,7 @@ class Bundle:
         average_image: [3, H, W] float32, the current image of the first step.
         expectation: the file with inputs and the results that the reference model gave for them.
         engines: a record per engine; empty until one is built.
+        damaged_engines: records of the manifest that cannot be used; `find_engine` refuses them.
         verification: what the export measured.
     """
 
@@ -56,6 +64,7 @@ class Bundle:
     expectation: Path
     engines: tuple[EngineRecord, ...]
     verification: Mapping[str, Any]
+    damaged_engines: tuple[DamagedEngine, ...] = ()
 
 
 def open_bundle(directory: str | Path) -> Bundle:
@@ -82,9 +91,7 @@ def read_bundle(directory: str | Path) -> Bundle:
         config = _config_from_json(manifest["model"])
         arrays = {name: _file_from_json(directory, manifest["arrays"][name]) for name in _ARRAYS}
         graphs = {name: _graph_from_json(directory, name, manifest["graphs"][name], config) for name in GRAPHS}
-        engines = tuple(engine_from_json(directory, record, config) for record in typed(manifest, "engines", list))
-        if len({engine.key for engine in engines}) < len(engines):
-            raise ValueError("two engines for one backend, device and precision")
+        engines, damaged = engines_from_json(directory, typed(manifest, "engines", list), config)
         check_hashes(dict(arrays.values()), since="export", mend=_EXPORT_AGAIN)
         return Bundle(
             path=directory,
@@ -96,6 +103,7 @@ def read_bundle(directory: str | Path) -> Bundle:
             expectation=arrays[EXPECTATION][0],
             engines=engines,
             verification=typed(manifest, "verification", dict),
+            damaged_engines=damaged,
         )
     except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
         raise BundleError(
@@ -114,8 +122,19 @@ def check_graphs(bundle: Bundle) -> None:
 
 
 def find_engine(bundle: Bundle, *, backend: str, device: str, precision: str) -> EngineRecord | None:
-    """Return the bundle's engine for these, if it has one; `check_engine` tells whether it can be used."""
-    return {engine.key: engine for engine in bundle.engines}.get((backend, device, precision))
+    """Return the bundle's engine for these, if it has one; `check_engine` tells whether it can be used.
+
+    Raises:
+        BundleError: its record is damaged; the message names the command that builds it again.
+    """
+    key = (backend, device, precision)
+    for damaged in bundle.damaged_engines:
+        if damaged.key == key:
+            mend = _build_again(build_command(bundle.path, backend=backend, device=device, precision=precision))
+            raise BundleError(
+                f"{bundle.path}: the record of the engine {damaged.name} is damaged: {damaged.reason}; {mend}"
+            )
+    return {engine.key: engine for engine in bundle.engines}.get(key)
 
 
 def check_engine(
@@ -123,7 +142,8 @@ def check_engine(
     engine: EngineRecord,
     *,
     library_versions: Mapping[str, str],
-    processor: str,
+    processors: Collection[str],
+    plugin_hash: str | None = None,
     roles: Collection[str] | None = None,
 ) -> None:
     """Check that an engine of the bundle can be used here.
@@ -132,27 +152,29 @@ def check_engine(
         bundle: the bundle.
         engine: one of its engines.
         library_versions: of the backend here.
-        processor: `processor.describe_processor()` here.
+        processors: those whose engines run here, by the backend.
+        plugin_hash: of the kernels that the backend would put into an engine now; None where it has none.
         roles: the graphs that will be used, to hash no other's files; None for all.
     Raises:
-        BundleError: it was built with another library, on another processor or from other graphs, or a file is missing
-            or has changed; the message names the command that builds it again.
+        BundleError: it was built with another library, for another processor, from other graphs or with other kernels,
+            or a file is missing or has changed; the message names the command that builds it again.
     """
     differences = []
-    if dict(engine.library_versions) != dict(library_versions):
+    if not engine.fits_versions(library_versions):
         ours, theirs = (
             ", ".join(f"{name} {version}" for name, version in versions.items())
             for versions in (library_versions, engine.library_versions)
         )
         differences.append(f"it was built with {theirs}, here is {ours}")
-    if engine.processor != processor:
-        differences.append(f"it was built on {engine.processor}, this is {processor}")
+    if not engine.runs_on(processors):
+        differences.append(f"it was built for {engine.processor}, this is {', '.join(processors)}")
     if dict(engine.sources) != {name: graph.sha256 for name, graph in bundle.graphs.items()}:
         differences.append("it was built from other graphs than the bundle's")
+    if engine.build.get("plugin_hash") not in (None, plugin_hash):
+        differences.append("it holds the kernels of another release")
     if differences:
-        raise BundleError(
-            f"{engine.directory}: the engine cannot be used: {'; '.join(differences)}; {_build_again(bundle, engine)}"
-        )
+        mend = how_to_build_again(bundle, engine)
+        raise BundleError(f"{engine.directory}: the engine cannot be used: {'; '.join(differences)}; {mend}")
     check_engine_files(bundle, engine, roles=roles)
 
 
@@ -163,15 +185,14 @@ def check_engine_files(bundle: Bundle, engine: EngineRecord, *, roles: Collectio
         BundleError: one is missing or has changed.
     """
     expected = engine.files_of(engine.graphs if roles is None else roles)
-    check_hashes(expected, since="build", mend=_build_again(bundle, engine))
+    check_hashes(expected, since="build", mend=how_to_build_again(bundle, engine))
 
 
-def build_command(bundle: Path, *, backend: str, device: str, precision: str, tune: bool = False) -> str:
-    """Return the command that builds an engine, for messages; options that have their default are left out."""
-    others = "" if device == "cpu" else f" --device {device}"
-    others += "" if precision == "fp32" else f" --precision {precision}"
-    others += " --tune" if tune else ""
-    return f"restyle-deploy build {shlex.quote(str(bundle))} --backend {backend}{others}"
+def how_to_build_again(bundle: Bundle, engine: EngineRecord) -> str:
+    """Return what to do about an engine that cannot be used, for messages: the command has all its options."""
+    backend, device, precision = engine.key
+    others = [*(["--tune"] if engine.plan["origin"] == "tuned" else []), *engine.build.get("options", ())]
+    return _build_again(build_command(bundle.path, backend=backend, device=device, precision=precision, others=others))
 
 
 def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: str) -> None:
@@ -205,7 +226,9 @@ def write_manifest(directory: Path, *, config: ModelConfig, checkpoint_sha256: s
 def write_engine(directory: Path, record: EngineRecord) -> None:
     """Add an engine to a manifest, or replace the one for the same backend, device and precision.
 
-    The new manifest takes the old one's place once it is complete. No file is hashed.
+    The new manifest takes the old one's place once it is complete. No file is hashed. Damaged records stay, unless they
+    state the same key or directory, or no key at all. Hold the bundle's lock (`files.hold_lock`) where other processes
+    may write.
 
     Args:
         directory: the bundle.
@@ -218,7 +241,11 @@ def write_engine(directory: Path, record: EngineRecord) -> None:
     added = engine_as_json(record, directory)
     config = _config_from_json(manifest["model"])
     engine_from_json(directory, json.loads(json.dumps(added)), config)
-    engines = [other for other in manifest["engines"] if engine_from_json(directory, other, config).key != record.key]
+    engines = [
+        other
+        for other in typed(manifest, "engines", list)
+        if key_of_record(other) not in (None, record.key) and other.get("directory") != added["directory"]
+    ]
     _write_json(directory / MANIFEST, {**manifest, "engines": [*engines, added]})
 
 
@@ -259,10 +286,7 @@ def _file_from_json(directory: Path, record: Mapping[str, Any]) -> tuple[Path, s
     return path_inside(directory, typed(record, "file", str), of="bundle"), typed(record, "sha256", str)
 
 
-def _build_again(bundle: Bundle, engine: EngineRecord) -> str:
-    backend, device, precision = engine.key
-    tuned = engine.plan["origin"] == "tuned"
-    command = build_command(bundle.path, backend=backend, device=device, precision=precision, tune=tuned)
+def _build_again(command: str) -> str:
     return f"build it again: {command}, or run the exported graphs: --plain (plain=True)"
 
 

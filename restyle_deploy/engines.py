@@ -1,16 +1,31 @@
 """An engine's record in a bundle's manifest <-> `EngineRecord`."""
 
-from collections.abc import Collection, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from restyle_deploy.manifest import path_inside, plan_from_json, specs_from_json, texts_from_json, typed
+from restyle_deploy.errors import BundleError
+from restyle_deploy.manifest import (
+    build_from_json,
+    path_inside,
+    plan_from_json,
+    specs_from_json,
+    texts_from_json,
+    typed,
+)
 from restyle_deploy.model_config import ModelConfig, graph_specs
 from restyle_deploy.tensors import BATCH, TensorSpec
 
 ENGINES = "engines"
 TARGET_FEATURES = "target_features"
+# Beside an engine's graph: its layers, for people.
+LAYERS_SUFFIX = ".layers.json"
+# Files of this suffix are no part of an engine: what a run keeps for the next one.
+CACHE_SUFFIX = ".cache"
+# Between the processors that an engine was built for, where they are several.
+_ALTERNATIVE = " or "
 
 Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
@@ -36,11 +51,13 @@ class EngineRecord:
             encoder then takes these instead. `preview` gives `current` for a latent, without the image.
         files: the SHA-256 of every file, by its name in the directory.
         library_versions: of the backend that built it.
-        processor: `processor.describe_processor()` of the machine that it was built on.
+        processor: what it was built for: one that its backend's `processors` names, or several joined by " or ".
         sources: the SHA-256 of the bundle's graphs that it was made from, by name.
         batch: 1 when its graphs take one image at a time, None when any number.
         plan: how each site of the graphs is computed, in plain values: `origin` (`tuned` or `table`), `choices`
             {site: choice}, `measurements` {site: {choice: ms}} and the `seconds` that these took.
+        build: how the backend built it, in plain values: `verified`, whether its results were compared with the
+            reference model's, the `reason` where they were not, and what else the backend states.
     """
 
     backend: str
@@ -54,11 +71,25 @@ class EngineRecord:
     sources: Mapping[str, str]
     batch: int | None
     plan: Mapping[str, Any]
+    build: Mapping[str, Any]
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Backend, device and precision."""
         return self.backend, self.device, self.precision
+
+    def runs_on(self, processors: Collection[str]) -> bool:
+        """Whether it was built for one of these processors."""
+        return self.processor in processors or not set(processors).isdisjoint(self.processor.split(_ALTERNATIVE))
+
+    def fits_versions(self, versions: Mapping[str, str]) -> bool:
+        """Whether it runs with these: those that built it, or later ones of the same major where it allows them."""
+        if dict(self.library_versions) == dict(versions):
+            return True
+        if not self.build.get("version_compatible") or set(self.library_versions) != set(versions):
+            return False
+        pairs = ((_numbers_in(self.library_versions[name]), _numbers_in(versions[name])) for name in versions)
+        return all(built[:1] == here[:1] and built <= here for built, here in pairs)
 
     def files_of(self, roles: Collection[str]) -> dict[Path, str]:
         """Return the files, with their SHA-256, that graphs of these roles may need.
@@ -76,9 +107,43 @@ class EngineRecord:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DamagedEngine:
+    """A record that describes no engine.
+
+    Attributes:
+        name: the directory that it states, else its place among the records.
+        key: backend, device and precision, where it states them.
+        reason: what is wrong with it.
+    """
+
+    name: str
+    key: tuple[str, str, str] | None
+    reason: str
+
+
+def join_processors(processors: Collection[str]) -> str:
+    """Return what an engine's record has as `processor` when it was built for several."""
+    return _ALTERNATIVE.join(processors)
+
+
 def engine_directory(bundle: Path, *, backend: str, device: str, precision: str) -> Path:
     """Return where in a bundle an engine's files lie."""
     return bundle / ENGINES / f"{backend}-{device.replace(':', '')}-{precision}"
+
+
+def build_command(bundle: Path, *, backend: str, device: str, precision: str, others: Iterable[str] = ()) -> str:
+    """Return the command that builds an engine, for messages; options that have their default are left out.
+
+    Args:
+        bundle: the directory.
+        backend, device, precision: of the engine.
+        others: further options, as a command line has them, not quoted.
+    """
+    options = "" if device == "cpu" else f" --device {device}"
+    options += "" if precision == "fp32" else f" --precision {precision}"
+    options += "".join(f" {shlex.quote(text)}" for text in others)
+    return f"restyle-deploy build {shlex.quote(str(bundle))} --backend {backend}{options}"
 
 
 def engine_as_json(engine: EngineRecord, bundle: Path) -> dict[str, Any]:
@@ -103,6 +168,7 @@ def engine_as_json(engine: EngineRecord, bundle: Path) -> dict[str, Any]:
         "sources": dict(engine.sources),
         "batch": engine.batch,
         "plan": dict(engine.plan),
+        "build": dict(engine.build),
     }
 
 
@@ -139,7 +205,38 @@ def engine_from_json(bundle: Path, record: Mapping[str, Any], config: ModelConfi
         sources=texts_from_json(record, "sources"),
         batch=batch,
         plan=plan_from_json(record),
+        build=build_from_json(record),
     )
+
+
+def engines_from_json(
+    bundle: Path, records: list[Any], config: ModelConfig
+) -> tuple[tuple[EngineRecord, ...], tuple[DamagedEngine, ...]]:
+    """Read all records of engines; one that is damaged spoils no other."""
+    engines: dict[tuple[str, str, str], EngineRecord] = {}
+    damaged = []
+    for index, record in enumerate(records):
+        try:
+            engine = engine_from_json(bundle, record, config)
+            if engine.key in engines:
+                raise ValueError("a second engine for one backend, device and precision")
+            engines[engine.key] = engine
+        except (AttributeError, KeyError, TypeError, ValueError, BundleError) as error:
+            reason = str(error) if isinstance(error, BundleError) else f"{type(error).__name__}: {error}"
+            name = record["directory"] if isinstance(record, dict) and "directory" in record else f"number {index}"
+            damaged.append(DamagedEngine(name=str(name), key=key_of_record(record), reason=reason))
+    return tuple(engines.values()), tuple(damaged)
+
+
+def key_of_record(record: Any) -> tuple[str, str, str] | None:
+    """Return backend, device and precision of a record that may be damaged; None where it does not state them."""
+    values = [record.get(name) if isinstance(record, dict) else None for name in ("backend", "device", "precision")]
+    backend, device, precision = (value if isinstance(value, str) else "" for value in values)
+    return (backend, device, precision) if backend and device and precision else None
+
+
+def _numbers_in(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _graph_from_json(directory: Path, record: Mapping[str, Any], files: Mapping[str, str]) -> GraphRecord:

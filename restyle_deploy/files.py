@@ -1,13 +1,21 @@
-"""Files and directories that appear under their final name only once they are complete, and the hash of a file."""
+"""Files and directories that appear under their final name only once they are complete; locks; the hash of a file."""
 
 import errno
 import hashlib
 import os
 import secrets
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+_WORKING_PREFIX = ".building-"
+_PART_PREFIX = ".part-"
 
 
 @contextmanager
@@ -50,9 +58,75 @@ def replace_directory_when_complete(path: Path, *, overwrite: bool = False) -> I
     try:
         yield temporary
         _check_replaceable(target, overwrite)
-        _rename_directory(temporary, target)
+        with place_directory(temporary, target):
+            pass
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def place_directory(new: Path, target: Path) -> Iterator[None]:
+    """Put the directory `new` in the place of `target`; after an error in the block, what was there comes back.
+
+    The old directory waits under a hidden name beside `target` until the block has ended. After an error `new` is where
+    it was.
+
+    Args:
+        new: on the same file system as `target`.
+        target: a directory, which is replaced, or nothing.
+    Raises:
+        OSError: a directory cannot be renamed.
+    """
+    old = _hidden_sibling(target)
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+        yield
+    except BaseException:
+        if target.exists() and not new.exists():
+            os.rename(target, new)
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def hold_lock(directory: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in such a block for this directory.
+
+    The system lets go of the lock when a process ends, however it does. Where it has no such locks (Windows), this does
+    nothing.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    with _lock(directory, waits=True):
+        yield
+
+
+@contextmanager
+def locked_working_directory(parent: Path) -> Iterator[Path]:
+    """Yield a new hidden directory in `parent`, locked; it is removed in the end, whatever has become of it.
+
+    `remove_abandoned_directories` takes it away when this process is killed.
+    """
+    working = Path(tempfile.mkdtemp(dir=parent, prefix=_WORKING_PREFIX))
+    try:
+        with hold_lock(working):
+            yield working
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def remove_abandoned_directories(parent: Path) -> None:
+    """Remove the hidden directories in `parent` whose processes were killed: nobody holds their locks."""
+    for path in parent.iterdir():
+        if path.is_dir() and not path.is_symlink() and path.name.startswith((_WORKING_PREFIX, _PART_PREFIX)):
+            with _lock(path, waits=False) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -65,7 +139,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _hidden_sibling(target: Path, suffix: str = "") -> Path:
-    return target.with_name(f".{secrets.token_hex(8)}.part{suffix}")
+    return target.with_name(f"{_PART_PREFIX}{secrets.token_hex(8)}{suffix}")
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -75,15 +149,19 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "exists already and is not replaced", str(target))
 
 
-def _rename_directory(source: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(source, target)
+@contextmanager
+def _lock(directory: Path, *, waits: bool) -> Iterator[bool]:
+    """Yield whether the directory's lock is held; let go of it in the end."""
+    if sys.platform == "win32":
+        yield waits
         return
-    old = _hidden_sibling(target)
-    os.rename(target, old)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.rename(source, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        is_held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(descriptor)

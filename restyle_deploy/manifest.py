@@ -55,6 +55,22 @@ def plan_from_json(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(plan)
 
 
+def build_from_json(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how an engine was built: `verified`, `reason`, perhaps `options` and more.
+
+    Raises:
+        KeyError, TypeError, ValueError: one of the two is missing or of another type, an engine that is not verified
+            has no reason, or the options are no texts.
+    """
+    build = typed(record, "build", dict)
+    for option in _check_type(build.get("options", []), "build.options", list):
+        _check_type(option, "build.options", str)
+    is_verified, reason = typed(build, "verified", bool), build["reason"]
+    if is_verified != (reason is None):
+        raise ValueError(f"the build's reason is {reason!r}, expected {'none' if is_verified else 'a text'}")
+    return MappingProxyType({**build, "reason": None if is_verified else typed(build, "reason", str)})
+
+
 def path_inside(directory: Path, name: str, *, of: str, within: Path | None = None) -> Path:
     """Return `directory / name`; raise `BundleError` if it lies elsewhere, links followed.
 

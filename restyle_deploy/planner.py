@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from restyle_deploy.backends.base import EXACT_PRECISION, Backend, Runner, RunnerOptions
-from restyle_deploy.bench.measure import measure_interleaved
 from restyle_deploy.engines import GraphRecord
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
 from restyle_deploy.graph.rewrites.target_features import target_graph
 from restyle_deploy.graph.rewrites.tidy import tidy
+from restyle_deploy.latency import measure_interleaved
 from restyle_deploy.tensors import BATCH, TensorSpec
 from restyle_deploy.tuning import Times
 

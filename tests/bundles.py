@@ -112,6 +112,7 @@ def add_engine(directory: Path, *, roles: tuple[str, ...] = (), **changes: Any) 
             "sources": {name: graph.sha256 for name, graph in bundle.graphs.items()},
             "batch": None,
             "plan": PLAN,
+            "build": {"verified": True, "reason": None},
             **changes,
         },
     )

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.backends.base import RunnerOptions
+from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, BuildTarget, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, GraphRecord
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.model_config import ModelConfig, graph_specs
+from restyle_deploy.processor import describe_processor
 from restyle_deploy.runtime.loop import LoadedGraph
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
@@ -129,14 +130,20 @@ class FakeBackend:
         loaded: files, with the options, in the order of loading.
         runners: by role; made anew by each load.
         computes: by role, for loads to come.
+        kernels: what `plugin_hash` returns.
+        weights: that stripped engines were loaded with, by the file's stem.
     """
 
     ENGINE_SUFFIX = ".fake"
+    ENGINE_BATCH: int | None = None
+    ENGINE_OPTIONS: frozenset[str] = frozenset()
 
     def __init__(self, computes: Mapping[str, Callable[[Buffers], None]]) -> None:
         self.computes = dict(computes)
         self.loaded: list[tuple[Path, RunnerOptions]] = []
         self.runners: dict[str, FakeRunner] = {}
+        self.kernels: str | None = None
+        self.weights: dict[str, Path | None] = {}
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
@@ -148,13 +155,34 @@ class FakeBackend:
         if options.device not in self.devices():
             raise BackendUnavailableError(f"backend fake: device {options.device!r} cannot run here")
 
-    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+    def processors(self, device: str) -> tuple[str, ...]:
+        return (describe_processor(),)
+
+    def plugin_hash(self) -> str | None:
+        return self.kernels
+
+    def check_build(self, options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
+        return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
         engine.write_bytes(graph.read_bytes())
+        return {}
+
+    def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+        return {}
 
     def load(
-        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+        self,
+        file: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        options: RunnerOptions,
+        weights: Path | None = None,
     ) -> FakeRunner:
         self.loaded.append((file, options))
+        self.weights[file.stem] = weights
         self.runners[file.stem] = FakeRunner(self.computes[file.stem])
         return self.runners[file.stem]
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,18 +14,29 @@ import pytest
 from numpy.typing import NDArray
 
 import restyle_deploy.build as build_module
+import restyle_deploy.building as building_module
+import restyle_deploy.engine_graphs as graphs_module
 from restyle_deploy.backends import BACKENDS, load_backend
-from restyle_deploy.backends.base import Backend, RunnerOptions
-from restyle_deploy.build import BuildOptions, build_engine
+from restyle_deploy.backends.base import (
+    DEFAULT_REQUEST,
+    Backend,
+    BuildRequest,
+    BuildTarget,
+    EngineOptions,
+    RunnerOptions,
+)
+from restyle_deploy.build import BuildOptions, build_engine, describe_build
 from restyle_deploy.bundle import EngineRecord, open_bundle, read_bundle
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, find_sites
 from restyle_deploy.graph.preview import preview_graph
+from restyle_deploy.runtime import session as session_module
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.tuning import write_times
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation, verify_bundle
+from tests.bundles import edit_manifest
 
 TUNING = Path("engines") / "tuning.json"
 
@@ -36,15 +48,24 @@ class SpyBackend:
         built: stems of the engine files, in order.
         measured: how many small graphs were built to be measured.
         versions: as `library_versions` returns them.
+        target: as `check_build` returns it.
+        facts: as `build` and `check_graph` return them.
+        requests: of the builds of engines.
+        checked: stems of the graphs that `check_graph` was asked about.
         before_build: called with an engine's path before it is built.
         delay: the seconds by which a run of a graph takes longer, by the names of its nodes.
     """
 
     ENGINE_SUFFIX = ".onnx"
     ENGINE_BATCH: int | None = None
+    ENGINE_OPTIONS = frozenset({"max_batch", "stripped"})
 
     def __init__(self) -> None:
         self._backend: Backend = load_backend("onnxruntime")
+        self.target = self._backend.check_build(RunnerOptions(), EngineOptions())
+        self.facts: dict[str, Any] = {}
+        self.requests: list[BuildRequest] = []
+        self.checked: list[str] = []
         self.built: list[str] = []
         self.versions = dict(self._backend.library_versions())
         self.before_build: Callable[[Path], None] = lambda engine: None
@@ -64,15 +85,42 @@ class SpyBackend:
     def check_options(self, options: RunnerOptions) -> None:
         self._backend.check_options(options)
 
-    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+    def processors(self, device: str) -> tuple[str, ...]:
+        return self._backend.processors(device)
+
+    def plugin_hash(self) -> str | None:
+        return None
+
+    def check_build(self, options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
+        self._backend.check_options(options)
+        return self.target
+
+    def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+        assert graph.is_file()
+        self.checked.append(graph.stem)
+        return self.facts
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
         self.before_build(engine)
         self.built.append(engine.stem)
+        self.requests.append(request)
         self._names[engine] = _node_names(graph)
         self._backend.build(graph, engine, options)
+        return self.facts
 
     def load(
-        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+        self,
+        file: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        options: RunnerOptions,
+        weights: Path | None = None,
     ) -> "SpyRunner":
+        if self.target.facts.get("weights") == "stripped":
+            assert weights is not None
+            assert weights.is_file()
         names = self._names.get(file) or _node_names(file)
         return SpyRunner(self._backend.load(file, inputs, outputs, options), self.delay(names))
 
@@ -112,7 +160,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> SpyBackend:
     return spy
 
 
-@pytest.fixture(scope="module", params=list(BACKENDS))
+@pytest.fixture(scope="module", params=[name for name, row in BACKENDS.items() if row.device == "cpu"])
 def built(request: pytest.FixtureRequest, toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with an engine after the table, for each backend. Only to be read."""
     try:
@@ -284,7 +332,7 @@ def test_other_conditions_are_measured_again(
     elif change == "library":
         spy.versions["onnxruntime"] = "0.1"
     elif change == "processor":
-        monkeypatch.setattr(build_module, "describe_processor", lambda: "Abacus")
+        spy.target = replace(spy.target, processor="Abacus")
     elif change == "damaged":
         (bundle / TUNING).write_bytes(b"\x00")
     else:  # of a release that did not have one of the choices
@@ -306,7 +354,7 @@ def _prepare_times(bundle: Path, spy: SpyBackend) -> None:
     opened = read_bundle(bundle)
     sites = [site for graph in opened.graphs.values() for site in find_sites(ir.load(graph.path))]
     times = {site.key: dict.fromkeys(FAMILIES[site.family].choices, 1.0) for site in sites}
-    building = build_module._Building(opened, spy, options(), lambda stage: None)
+    building = building_module.Building(opened, spy, options(), target=spy.target, progress=lambda stage: None)
     write_times(bundle, building._conditions, times)
 
 
@@ -318,7 +366,7 @@ def _measured_keys(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
         keys.update(site.key for site in sites)
         return {}
 
-    monkeypatch.setattr(build_module, "measure_sites", measure)
+    monkeypatch.setattr(building_module, "measure_sites", measure)
     tune(bundle, **changes)
     return keys
 
@@ -343,8 +391,15 @@ def test_plan_that_makes_a_graph_slower_is_left(
     bundle: Path, spy: SpyBackend, slower: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     _prepare_times(bundle, spy)
-    mark = {"encoder": "/target_features", "generator": "/scale_constants"}[slower]
-    spy.delay = lambda names: 0.05 if mark in names else 0.0
+    marks = {"encoder": "/target_features", "generator": "/scale_constants"}
+
+    def delay(names: str) -> float:
+        """As exported, both graphs take longer than planned by more than this machine's noise; but one plan more so."""
+        if not any(mark in names for mark in marks.values()):
+            return 0.05
+        return 0.1 if marks[slower] in names else 0.0
+
+    spy.delay = delay
     engine = tune(bundle)
     graph = open_bundle(bundle).graphs[slower]
     sites = {site.name for site in find_sites(ir.load(graph.path))}
@@ -409,14 +464,14 @@ def test_failing_build_changes_nothing(unchanged: Path, spy: SpyBackend, error: 
 
 
 def test_wrong_engine_changes_nothing(unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shift(model: ir.Model, *_: object) -> None:
+    def shift(model: ir.Model, *_: object, **__: object) -> None:
         for value in model.graph.initializers.values():
             assert value.const_value is not None
             array = value.const_value.numpy()
             if array.dtype == np.float32 and array.ndim == 4:
                 value.const_value = ir.tensor(array * np.float32(1.01), name=value.name)
 
-    monkeypatch.setattr(build_module, "apply_choices", shift)
+    monkeypatch.setattr(graphs_module, "apply_choices", shift)
     with pytest.raises(VerificationError, match="engine for onnxruntime: differs from the reference model"):
         build_engine(unchanged, options())
 
@@ -435,7 +490,7 @@ def test_preview_that_is_not_finite_changes_nothing(unchanged: Path, monkeypatch
         model.graph.outputs[0] = after
         return model
 
-    monkeypatch.setattr(build_module, "preview_graph", spoil)
+    monkeypatch.setattr(graphs_module, "preview_graph", spoil)
     with pytest.raises(VerificationError, match="preview is not finite"):
         build_engine(unchanged, options())
 
@@ -498,3 +553,175 @@ def test_stages_are_told(bundle: Path) -> None:
         "building the generator",
         "verifying",
     ]
+
+
+# What some backends alone have
+
+
+NO_GPU = "no GPU can run the engine here: there is no NVIDIA driver"
+
+
+@pytest.fixture
+def unverifiable(spy: SpyBackend) -> SpyBackend:
+    """A backend whose engines cannot run here."""
+    spy.target = BuildTarget(processor="sm_89", refusal=NO_GPU, has_kernels=False, facts={"weights": "full"})
+    spy.facts = {"layers": 3}
+    return spy
+
+
+def test_engine_that_cannot_run_here_is_kept_and_says_so(
+    bundle: Path, unverifiable: SpyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "load_expectation", None)  # nothing is run
+    said: list[str] = []
+    engine = build_engine(bundle, options(), progress=said.append)
+    assert "verifying" not in said
+    assert engine.processor == "sm_89"
+    assert engine.build == {
+        "verified": False,
+        "reason": NO_GPU,
+        "weights": "full",
+        "graphs": {role: {"layers": 3} for role in engine.graphs},
+    }
+    assert engine_of(bundle).build == engine.build
+
+
+@pytest.mark.usefixtures("unverifiable")
+@pytest.mark.parametrize("build", [build_engine, describe_build])
+def test_tuning_needs_the_device(bundle: Path, build: Callable[..., Any]) -> None:
+    before = content_of(bundle)
+    with pytest.raises(BackendUnavailableError, match=f"--tune measures on the device, but {NO_GPU}; leave it out"):
+        build(bundle, options(tune=True))
+    assert content_of(bundle) == before
+
+
+def test_engine_options_reach_the_backend_and_the_record(bundle: Path, spy: SpyBackend) -> None:
+    engine = build_engine(bundle, options(engine=EngineOptions(max_batch=4)))
+    assert {request.engine.max_batch for request in spy.requests} == {4}
+    assert {request.cache for request in spy.requests} == {bundle / "engines"}
+    assert engine.build == {"verified": True, "reason": None, "options": ["--max-batch", "4"]}
+
+
+def test_arguments_are_those_of_the_command_line() -> None:
+    given = EngineOptions(
+        optimization_level=0, workspace_bytes=1024, compute_capabilities=("8.9", "12.0"), no_plugins=True
+    )
+    assert given.arguments == [
+        *("--workspace", "1024", "--optimization-level", "0"),
+        *("--compute-capability", "8.9", "--compute-capability", "12.0", "--no-plugins"),
+    ]
+    assert EngineOptions().arguments == []
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_cpu_backends_refuse_what_they_have_not(toy_bundle: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    engine = EngineOptions(max_batch=4, stripped=True)
+    expected = f"backend {backend} has no --max-batch, --stripped; it has no such option"
+    with pytest.raises(BackendUnavailableError, match=expected):
+        build_engine(toy_bundle, BuildOptions(backend=backend, engine=engine))
+
+
+def test_stripped_engine_takes_the_same_weights_when_it_is_opened(
+    bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"weights": "stripped", "plugin_hash": None}
+    spy.target = replace(spy.target, facts=facts)
+    engine = build_engine(bundle, options(engine=EngineOptions(stripped=True)))
+    assert set(engine.build["graphs"]) == set(engine.graphs)
+    assert all(set(stated) == {"digest"} for stated in engine.build["graphs"].values())
+    assert not list((bundle / "engines").glob(".*"))
+    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    with Session.open(bundle) as session:
+        check_parity(compare_with_expectation(session, load_expectation(session.bundle.expectation)), "the engine")
+
+
+def test_stripped_engine_refuses_other_weights(bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy.target = replace(spy.target, facts={"weights": "stripped", "plugin_hash": None})
+    build_engine(bundle, options(engine=EngineOptions(stripped=True)))
+    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["build"]["graphs"]["generator"].update(digest="ab"))
+    expected = (
+        rf"as the generator has changed; build it again: restyle-deploy build {re.escape(str(bundle))} .*--stripped"
+    )
+    with pytest.raises(BundleError, match=expected):
+        Session.open(bundle)
+
+
+# Dry run
+
+
+def test_dry_run_tells_what_would_be_built_and_changes_nothing(
+    bundle: Path, spy: SpyBackend, table_bundle: Path
+) -> None:
+    spy.facts = {"layers": 3}
+    before = content_of(bundle)
+    facts = describe_build(bundle, options())
+    assert content_of(bundle) == before
+    built = engine_of(table_bundle)
+    assert facts["plan"] == built.plan
+    assert (facts["backend"], facts["device"], facts["precision"]) == built.key
+    assert facts["directory"] == str(bundle / "engines" / "onnxruntime-cpu-fp32")
+    assert (facts["replaces"], facts["verification"]) == (False, "on this machine")
+    assert {role: graph["file"] for role, graph in facts["graphs"].items()} == {
+        role: f"{role}.onnx" for role in built.graphs
+    }
+    assert all(graph["layers"] == 3 and graph["nodes"] > 0 for graph in facts["graphs"].values())
+    assert (sorted(spy.checked), spy.built) == (sorted(built.graphs), [])
+
+
+def test_dry_run_tells_of_former_measurements(bundle: Path, spy: SpyBackend) -> None:
+    _prepare_times(bundle, spy)
+    assert describe_build(bundle, options())["plan"]["origin"] == "table"
+    assert describe_build(bundle, options(tune=True))["plan"]["origin"] == "tuned"
+    assert spy.measured == 0
+
+
+def test_dry_run_tells_what_is_replaced(table_bundle: Path, unverifiable: SpyBackend) -> None:
+    facts = describe_build(table_bundle, options())
+    assert (facts["replaces"], facts["verification"], facts["processor"]) == (True, NO_GPU, "sm_89")
+
+
+# Several builds
+
+
+def test_directories_of_killed_builds_are_removed(bundle: Path) -> None:
+    abandoned = bundle / "engines" / ".building-killed"
+    abandoned.mkdir(parents=True)
+    (abandoned / "generator.onnx").write_bytes(b"half")
+    engine = build_engine(bundle, options())
+    assert {path.name for path in (bundle / "engines").iterdir()} == {engine.directory.name}
+
+
+def test_two_builds_at_once_lose_no_record(bundle: Path, spy: SpyBackend) -> None:
+    """The second begins and ends while the first builds."""
+    second: list[EngineRecord] = []
+
+    def build_second(engine: Path) -> None:
+        if engine.stem == "generator" and not second:
+            spy.before_build = lambda engine: None
+            key = {"precision": "bf16"}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(spy, "check_build", lambda *_: replace(spy.target, refusal=NO_GPU))
+                patch.setattr(spy, "_backend", BuildAnything(spy._backend))
+                second.append(build_engine(bundle, options(**key)))
+
+    spy.before_build = build_second
+    first = build_engine(bundle, options())
+    assert {engine.key for engine in read_bundle(bundle).engines} == {first.key, second[0].key}
+    assert first.directory.is_dir()
+    assert second[0].directory.is_dir()
+    assert not list((bundle / "engines").glob(".*"))
+
+
+class BuildAnything:
+    """A backend that builds in whatever precision it is asked for."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def library_versions(self) -> Mapping[str, str]:
+        return self._backend.library_versions()
+
+    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> Mapping[str, Any]:
+        return self._backend.build(graph, engine, replace(options, precision="fp32"))

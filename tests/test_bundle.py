@@ -234,7 +234,6 @@ WRONG_VALUES = {
     "arrays": setting("arrays", to=None),
     "null byte": setting("arrays", EXPECTATION, "file", to="a\0b"),
     "engines": setting("engines", to={}),
-    "engine": setting("engines", to=["tensorrt"]),
     "verification": setting("verification", to=[]),
 }
 

@@ -28,6 +28,8 @@ EVERYTHING = {
     "tqdm": "4.70.1",
     "onnxruntime": "1.32.0",
     "openvino": "2026.4.1",
+    "tensorrt": "11.4.0",
+    "tensorrt_rtx": "1.7.1.116",
     "onnx": "1.23.2",
     "onnx-ir": "1.1.0",
     "onnxscript": "0.7.2",

@@ -13,14 +13,13 @@ import pytest
 from restyle_deploy.bundle import (
     MANIFEST,
     EngineRecord,
-    build_command,
     check_engine,
     check_engine_files,
     find_engine,
     read_bundle,
     write_engine,
 )
-from restyle_deploy.engines import ENGINES, engine_as_json, engine_directory
+from restyle_deploy.engines import ENGINES, build_command, engine_as_json, engine_directory, join_processors
 from restyle_deploy.errors import BundleError
 from tests.bundles import PLAN, add_engine, edit_manifest
 
@@ -141,12 +140,86 @@ def test_command_has_the_options_that_are_needed(device: str, precision: str, op
     assert command == f"restyle-deploy build faces --backend openvino{options}"
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, " --tune"),
+        ({"plan": {**PLAN, "origin": "table"}}, ""),
+        (
+            {"build": {"verified": False, "reason": "no GPU", "options": ["--max-batch", "16", "--name", "a b"]}},
+            " --tune --max-batch 16 --name 'a b'",
+        ),
+    ],
+    ids=["tuned", "table", "options"],
+)
+def test_refusal_names_all_options_of_the_build(bundle: Path, changes: dict[str, Any], options: str) -> None:
+    engine = add_engine(bundle, **changes)
+    command = re.escape(f"restyle-deploy build {bundle} --backend onnxruntime{options}, or")
+    with pytest.raises(BundleError, match=f"built for .*, this is Abacus; build it again: {command}"):
+        check_engine(read_bundle(bundle), engine, library_versions=engine.library_versions, processors=("Abacus",))
+
+
 # Checked
+
+
+@pytest.mark.parametrize("here", ["sm_86", "sm_89"])
+def test_engine_for_several_processors_runs_on_each(bundle: Path, here: str) -> None:
+    engine = add_engine(bundle, processor=join_processors(["sm_86", "sm_89"]))
+    opened = read_bundle(bundle)
+    check_engine(opened, engine, library_versions=engine.library_versions, processors=(here, "sm_80+"))
+    with pytest.raises(BundleError, match="it was built for sm_86 or sm_89, this is sm_120, sm_80+"):
+        check_engine(opened, engine, library_versions=engine.library_versions, processors=("sm_120", "sm_80+"))
+
+
+def test_processor_whose_name_has_an_or_is_found(bundle: Path) -> None:
+    engine = add_engine(bundle, processor="this or that")
+    assert engine.runs_on(["this or that"])
+    assert not engine.runs_on(["theother"])
+
+
+@pytest.mark.parametrize(
+    ("is_compatible", "here", "fits"),
+    [
+        (False, "10.9.0", True),
+        (False, "10.10.0", False),
+        (True, "10.9.0", True),
+        (True, "10.10.0", True),
+        (True, "10.8.0", False),
+        (True, "11.0.0", False),
+    ],
+)
+def test_later_version_is_accepted_where_the_engine_allows_it(
+    bundle: Path, is_compatible: bool, here: str, fits: bool
+) -> None:
+    build = {"verified": True, "reason": None, "version_compatible": is_compatible}
+    engine = add_engine(bundle, build=build, library_versions={"tensorrt": "10.9.0"})
+
+    def check() -> None:
+        check_engine(read_bundle(bundle), engine, library_versions={"tensorrt": here}, processors=(engine.processor,))
+
+    if fits:
+        check()
+        return
+    with pytest.raises(BundleError, match=f"it was built with tensorrt 10.9.0, here is tensorrt {here}"):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "fits"), [(None, None, True), (None, "ab", True), ("ab", "ab", True), ("ab", "cd", False)]
+)
+def test_engine_with_other_kernels_is_refused(bundle: Path, built: str | None, here: str | None, fits: bool) -> None:
+    engine = add_engine(bundle, build={"verified": True, "reason": None, "plugin_hash": built})
+    facts: dict[str, Any] = {"library_versions": engine.library_versions, "processors": (engine.processor,)}
+    if fits:
+        check_engine(read_bundle(bundle), engine, plugin_hash=here, **facts)
+        return
+    with pytest.raises(BundleError, match="it holds the kernels of another release; build it again: "):
+        check_engine(read_bundle(bundle), engine, plugin_hash=here, **facts)
 
 
 def test_engine_that_fits_is_accepted(bundle: Path) -> None:
     engine = add_engine(bundle, roles=ROLES)
-    check_engine(read_bundle(bundle), engine, library_versions=engine.library_versions, processor=engine.processor)
+    check_engine(read_bundle(bundle), engine, library_versions=engine.library_versions, processors=(engine.processor,))
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "preview.onnx", "target.onnx.data"])
@@ -157,7 +230,7 @@ def test_files_are_checked_where_they_are_needed(bundle: Path, name: str, is_the
     if is_there:
         (engine.directory / name).write_bytes(b"changed")
     opened = read_bundle(bundle)
-    facts: dict[str, Any] = {"library_versions": engine.library_versions, "processor": engine.processor}
+    facts: dict[str, Any] = {"library_versions": engine.library_versions, "processors": ["other", engine.processor]}
     message = "changed since the build" if is_there else "missing; build it again"
     needed, others = {name.partition(".")[0]}, {"encoder", "target", "preview", "generator"} - {name.partition(".")[0]}
     checks: list[Callable[[], None]] = [
@@ -258,22 +331,84 @@ WRONG_VALUES = {
     "time that is none": in_engine("plan", "measurements", "generator.up.64", "polyphase", to=float("nan")),
     "seconds": in_engine("plan", "seconds", to=-1),
     "bool for seconds": in_engine("plan", "seconds", to=True),
+    "build": in_engine("build", to="verified"),
+    "no bool": in_engine("build", "verified", to=1),
+    "reason of a verified one": in_engine("build", "reason", to="no GPU"),
+    "not verified without a reason": in_engine("build", "verified", to=False),
+    "options": in_engine("build", to={"verified": True, "reason": None, "options": "--max-batch 4"}),
+    "option": in_engine("build", to={"verified": True, "reason": None, "options": [4]}),
 }
 
 
+def damage_of(bundle: Path) -> str:
+    """Return why the only engine of a bundle cannot be used."""
+    opened = read_bundle(bundle)
+    assert not opened.engines
+    (damaged,) = opened.damaged_engines
+    return damaged.reason
+
+
 @pytest.mark.parametrize("change", WRONG_VALUES.values(), ids=WRONG_VALUES.keys())
-def test_damaged_records_are_refused(bundle: Path, change: Callable[[Any], None]) -> None:
+def test_damaged_record_spoils_that_engine_alone(bundle: Path, change: Callable[[Any], None]) -> None:
+    other = add_engine(bundle, precision="bf16")
     add_engine(bundle, roles=ROLES)
+    edit_manifest(bundle, lambda manifest: manifest["engines"].reverse())
     edit_manifest(bundle, change)
+    opened = read_bundle(bundle)
+    engines = {engine.precision: engine for engine in opened.engines}
+    assert [engine.name for engine in opened.damaged_engines]
+    assert all(
+        re.match(r"(AttributeError|KeyError|TypeError|ValueError): |/", one.reason) for one in opened.damaged_engines
+    )
+    if change not in (WRONG_VALUES["record"], WRONG_VALUES["list"]):
+        assert facts_of(engines["bf16"]) == facts_of(other)
+
+
+def test_no_list_of_engines_damages_the_bundle(bundle: Path) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(engines={}))
     with pytest.raises(BundleError, match=r"manifest\.json: damaged .*export the bundle again"):
         read_bundle(bundle)
 
 
-def test_every_missing_key_is_refused(bundle: Path) -> None:
+@pytest.mark.parametrize(("precision", "option"), [("fp32", ""), ("bf16", " --precision bf16")])
+def test_damaged_engine_is_refused_with_the_command(bundle: Path, precision: str, option: str) -> None:
+    add_engine(bundle, precision=precision)
+    edit_manifest(bundle, in_engine("plan", to="tuned"))
+    opened = read_bundle(bundle)
+    (damaged,) = opened.damaged_engines
+    assert damaged.name == f"engines/onnxruntime-cpu-{precision}"
+    assert damaged.key == ("onnxruntime", "cpu", precision)
+    command = re.escape(f"restyle-deploy build {bundle} --backend onnxruntime{option}, or")
+    with pytest.raises(BundleError, match=rf"is damaged: TypeError: plan is .*; build it again: {command} .*--plain"):
+        find_engine(opened, backend="onnxruntime", device="cpu", precision=precision)
+    assert find_engine(opened, backend="openvino", device="cpu", precision=precision) is None
+
+
+def test_build_replaces_a_damaged_engine_and_keeps_others(bundle: Path) -> None:
+    record = add_engine(bundle)
+    add_engine(bundle, precision="bf16")
+    edit_manifest(bundle, lambda manifest: [engine.pop("plan") for engine in manifest["engines"]])
+    edit_manifest(bundle, lambda manifest: manifest["engines"].extend([None, {"directory": "engines/a"}]))
+    assert len(read_bundle(bundle).damaged_engines) == 4
+    write_engine(bundle, record)
+    opened = read_bundle(bundle)
+    assert [engine.key for engine in opened.engines] == [record.key]
+    assert [damaged.key for damaged in opened.damaged_engines] == [("onnxruntime", "cpu", "bf16")]
+
+
+def test_record_in_the_same_directory_is_replaced(bundle: Path) -> None:
+    record = add_engine(bundle)
+    edit_manifest(bundle, in_engine("precision", to="bf16"))
+    write_engine(bundle, record)
+    assert [engine.key for engine in read_bundle(bundle).engines] == [record.key]
+
+
+def test_every_missing_key_is_noticed(bundle: Path) -> None:
     record = engine_as_json(add_engine(bundle, roles=ROLES), bundle)
     whole = (bundle / MANIFEST).read_bytes()
     paths = paths_of_record(json.loads(json.dumps(record)))[1:]
     assert ("graphs", "target", "outputs") in paths
+    assert ("build", "verified") in paths
     for path in paths:
 
         def remove(manifest: Any, path: tuple[str, ...] = path) -> None:
@@ -286,8 +421,7 @@ def test_every_missing_key_is_refused(bundle: Path) -> None:
             continue
         (bundle / MANIFEST).write_bytes(whole)
         edit_manifest(bundle, remove)
-        with pytest.raises(BundleError, match=r"manifest\.json: damaged"):
-            read_bundle(bundle)
+        assert damage_of(bundle), path
 
 
 @pytest.mark.parametrize("stated", ["../outside", ".", "engines", "engines/../other", "engines/..", "{folder}/outside"])
@@ -295,8 +429,7 @@ def test_directory_outside_the_engines_is_refused(bundle: Path, tmp_path: Path, 
     add_engine(bundle)
     stated = stated.format(folder=tmp_path)
     edit_manifest(bundle, in_engine("directory", to=stated))
-    with pytest.raises(BundleError, match=f"{re.escape(stated)} lies outside the bundle's engines"):
-        read_bundle(bundle)
+    assert f"{stated} lies outside the bundle's engines" in damage_of(bundle)
 
 
 @pytest.mark.parametrize("stated", ["../../encoder.onnx", "../other", "{folder}/outside"])
@@ -304,10 +437,7 @@ def test_file_outside_the_engines_directory_is_refused(bundle: Path, tmp_path: P
     add_engine(bundle)
     stated = stated.format(folder=tmp_path)
     edit_manifest(bundle, in_engine("files", stated, to="ab"))
-    with pytest.raises(
-        BundleError, match=f"{re.escape(stated)} lies outside the engine {ENGINES}/onnxruntime-cpu-fp32"
-    ):
-        read_bundle(bundle)
+    assert f"{stated} lies outside the engine {ENGINES}/onnxruntime-cpu-fp32" in damage_of(bundle)
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "generator.onnx.data"])
@@ -315,13 +445,11 @@ def test_link_out_of_the_engines_directory_is_refused(bundle: Path, tmp_path: Pa
     engine = add_engine(bundle)
     outside = (engine.directory / name).rename(tmp_path / "outside")
     (engine.directory / name).symlink_to(outside)
-    with pytest.raises(BundleError, match=f"{re.escape(name)} lies outside the engine"):
-        read_bundle(bundle)
+    assert f"{name} lies outside the engine" in damage_of(bundle)
 
 
 def test_linked_directory_of_an_engine_is_refused(bundle: Path, tmp_path: Path) -> None:
     engine = add_engine(bundle)
     outside = engine.directory.rename(tmp_path / "outside")
     engine.directory.symlink_to(outside)
-    with pytest.raises(BundleError, match="lies outside the bundle's engines"):
-        read_bundle(bundle)
+    assert "lies outside the bundle's engines" in damage_of(bundle)

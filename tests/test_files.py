@@ -2,12 +2,21 @@
 
 import os
 import stat
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from restyle_deploy.files import replace_directory_when_complete, replace_when_complete
+from restyle_deploy.files import (
+    hold_lock,
+    locked_working_directory,
+    place_directory,
+    remove_abandoned_directories,
+    replace_directory_when_complete,
+    replace_when_complete,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -158,3 +167,107 @@ def test_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
         (temporary / "new").write_text("")
     assert names_in(target) == ["old"]
     assert names_in(tmp_path) == ["bundle"]
+
+
+def directory_with(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "a.txt").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_directory_takes_its_place_for_the_block_and_after(tmp_path: Path, is_there: bool) -> None:
+    new, target = directory_with(tmp_path / "new", "new"), tmp_path / "target"
+    if is_there:
+        directory_with(target, "old")
+    with place_directory(new, target):
+        assert (target / "a.txt").read_text() == "new"
+    assert (target / "a.txt").read_text() == "new"
+    assert names_in(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_error_in_the_block_brings_the_old_directory_back(
+    tmp_path: Path, is_there: bool, error: type[BaseException]
+) -> None:
+    new, target = directory_with(tmp_path / "new", "new"), tmp_path / "target"
+    if is_there:
+        directory_with(target, "old")
+    with pytest.raises(error, match="no manifest"), place_directory(new, target):
+        raise error("no manifest")
+    assert (new / "a.txt").read_text() == "new"
+    assert target.exists() is is_there
+    if is_there:
+        assert (target / "a.txt").read_text() == "old"
+    assert names_in(tmp_path) == ["new", "target"][: 1 + is_there]
+
+
+def test_new_directory_that_is_missing_leaves_the_old_one(tmp_path: Path) -> None:
+    target = directory_with(tmp_path / "target", "old")
+    with pytest.raises(FileNotFoundError), place_directory(tmp_path / "none", target):
+        pass
+    assert (target / "a.txt").read_text() == "old"
+    assert names_in(tmp_path) == ["target"]
+
+
+without_locks = pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+
+
+@without_locks
+def test_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
+    inside, order = threading.Event(), []
+
+    def wait_for_the_lock() -> None:
+        inside.wait()
+        with hold_lock(tmp_path):
+            order.append("other")
+
+    other = threading.Thread(target=wait_for_the_lock)
+    other.start()
+    with hold_lock(tmp_path):
+        inside.set()
+        other.join(0.2)
+        assert other.is_alive()
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "other"]
+
+
+def test_lock_of_no_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), hold_lock(tmp_path / "none"):
+        pass
+
+
+def test_working_directory_is_hidden_and_removed(tmp_path: Path) -> None:
+    with locked_working_directory(tmp_path) as working:
+        assert working.parent == tmp_path
+        assert working.name.startswith(".")
+        (working / "a.txt").write_text("half")
+    with pytest.raises(RuntimeError, match="half"), locked_working_directory(tmp_path) as working:
+        write_half(working / "a.txt")
+    assert names_in(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from restyle_deploy.files import locked_working_directory
+with locked_working_directory(Path(sys.argv[1])) as working:
+    (working / "a.txt").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@without_locks
+def test_directories_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode < 0
+    (abandoned,) = tmp_path.iterdir()
+    directory_with(tmp_path / ".others", "kept")
+    directory_with(tmp_path / "engine", "kept")
+    (tmp_path / ".building-file").write_text("kept")
+    with locked_working_directory(tmp_path) as working:
+        remove_abandoned_directories(tmp_path)
+        assert working.is_dir()
+        assert not abandoned.exists()
+    assert names_in(tmp_path) == [".building-file", ".others", "engine"]

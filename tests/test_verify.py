@@ -201,7 +201,18 @@ def test_parity_takes_the_tolerance_of_the_sessions_precision(
         description = {**session.describe(), "precision": "bf16"}
         monkeypatch.setattr(session, "describe", lambda: description)
         parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
-    assert parity.tolerance == TOLERANCES["bf16"]
+    largest = float(np.abs(load_expectation(toy_bundle / EXPECTATION).latents).max())
+    row = TOLERANCES["bf16"]
+    assert parity.tolerance == Tolerance(latents=row.latents * max(1.0, largest), images=row.images)
+
+
+def test_tolerance_of_a_short_precision_grows_with_the_latents() -> None:
+    errors: dict[str, Any] = {"latent_errors": (0.1,), "image_errors": (0.0,)}
+    row = TOLERANCES["bf16"]
+    assert not Parity(**errors, precision="bf16", largest_latent=0.5).is_within_tolerance
+    assert Parity(**errors, precision="bf16", largest_latent=10.0).is_within_tolerance
+    assert Parity(**errors, precision="bf16", largest_latent=0.5).tolerance == row
+    assert Parity(**errors, largest_latent=10.0).tolerance == EXACT
 
 
 def test_expectation_of_every_step_cannot_be_met_by_previews(toy_bundle: Path) -> None:

@@ -15,14 +15,18 @@ class BackendRow:
     """Where a backend is, and what it needs.
 
     Attributes:
-        module: a module that satisfies `backends.base.Backend`; imported on demand.
+        module: a module that satisfies `backends.base.Backend`, or has the factory; imported on demand.
         library: the import name of the library that the module needs.
         extra: the extra of this package that installs the library.
+        factory: the function of the module that returns the `Backend`; None where the module is one.
+        device: that of a user who names none.
     """
 
     module: str
     library: str
     extra: str
+    factory: str | None = None
+    device: str = "cpu"
 
 
 BACKENDS: Mapping[str, BackendRow] = MappingProxyType(
@@ -31,8 +35,27 @@ BACKENDS: Mapping[str, BackendRow] = MappingProxyType(
             module="restyle_deploy.backends.onnxruntime", library="onnxruntime", extra="onnxruntime"
         ),
         "openvino": BackendRow(module="restyle_deploy.backends.openvino", library="openvino", extra="openvino"),
+        "tensorrt": BackendRow(
+            module="restyle_deploy.backends.tensorrt",
+            library="tensorrt",
+            extra="tensorrt",
+            factory="tensorrt",
+            device="cuda:0",
+        ),
+        "tensorrt-rtx": BackendRow(
+            module="restyle_deploy.backends.tensorrt",
+            library="tensorrt_rtx",
+            extra="tensorrt-rtx",
+            factory="tensorrt_rtx",
+            device="cuda:0",
+        ),
     }
 )
+
+
+def default_device(name: str) -> str:
+    """Return the device of a user who names none; raise `ValueError` where there is no such backend."""
+    return _row(name).device
 
 
 def load_backend(name: str) -> Backend:
@@ -42,15 +65,21 @@ def load_backend(name: str) -> Backend:
         ValueError: no such row.
         BackendUnavailableError: the backend's library is not installed. Any other import error passes through.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
-    row = BACKENDS[name]
+    row = _row(name)
     try:
-        return cast(Backend, importlib.import_module(row.module))
+        module = importlib.import_module(row.module)
+        return cast(Backend, getattr(module, row.factory)() if row.factory else module)
     except ModuleNotFoundError as error:
-        if error.name != row.library:
+        # TensorRT is split into packages of which one may be there alone: tensorrt, tensorrt_bindings, tensorrt_libs.
+        if error.name not in (row.library, f"{row.library}_bindings", f"{row.library}_libs"):
             raise
         raise BackendUnavailableError(
             f"backend {name} needs {row.library}, which is not installed; "
             f"run: pip install 'restyle-deploy[{row.extra}]'"
         ) from error
+
+
+def _row(name: str) -> BackendRow:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    return BACKENDS[name]

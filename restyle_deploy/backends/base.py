@@ -1,18 +1,34 @@
 """What a backend module offers. The session knows nothing else of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from restyle_deploy.errors import ShapeError
+from restyle_deploy.errors import BackendUnavailableError, ShapeError
 from restyle_deploy.tensors import TensorSpec
 
 EXACT_PRECISION = "fp32"
 # Computed in another one, results differ by more than rounding.
-PRECISIONS = (EXACT_PRECISION, "bf16")
+PRECISIONS = (EXACT_PRECISION, "tf32", "fp16", "bf16")
+# Names of `EngineOptions` on a command line.
+OPTION_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "min_batch": "min-batch",
+        "opt_batch": "opt-batch",
+        "max_batch": "max-batch",
+        "workspace_bytes": "workspace",
+        "optimization_level": "optimization-level",
+        "compute_capabilities": "compute-capability",
+        "hardware_compatible": "hardware-compatible",
+        "version_compatible": "version-compatible",
+        "stripped": "stripped",
+        "no_plugins": "no-plugins",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +39,92 @@ class RunnerOptions:
         device: one of the backend's `devices()`.
         threads: CPU threads of one run; None leaves the choice to the library.
         precision: one of `PRECISIONS`, in which the library computes; inputs and outputs are float32 in any case.
+        host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
     """
 
     device: str = "cpu"
     threads: int | None = None
     precision: str = EXACT_PRECISION
+    host_code_allowed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine is made for, and how, beside `RunnerOptions`. A backend takes those that it names.
+
+    Attributes:
+        min_batch, opt_batch, max_batch: images of one run: the fewest, those to be fastest for, the most.
+        workspace_bytes: memory of the device that one operation may use for itself.
+        optimization_level: 0 to 5; higher ones build for longer.
+        compute_capabilities: of the devices that it is for, such as "8.9", wherever it is built.
+        hardware_compatible: whether it shall run on newer devices too.
+        version_compatible: whether it shall run with newer versions of the library too.
+        stripped: whether it leaves the weights out, which are then taken from the bundle's graphs when it is loaded.
+        no_plugins: whether the library's own operations take the place of our kernels.
+    """
+
+    min_batch: int | None = None
+    opt_batch: int | None = None
+    max_batch: int | None = None
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    stripped: bool = False
+    no_plugins: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are not left to the backend, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value for name, value in values.items() if value is not None and value is not False and value != ()
+        }
+
+    @property
+    def arguments(self) -> list[str]:
+        """Those that are not left to the backend, as the command line has them."""
+        arguments = []
+        for name, value in self.given.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                arguments += [f"--{OPTION_NAMES[name]}", *([] if one is True else [str(one)])]
+        return arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """How a backend builds one graph.
+
+    Attributes:
+        engine: what the engine is made for.
+        cache: a folder that keeps what one build measures for the next; None for no such folder.
+        progress: told a few words as the library's work goes on.
+    """
+
+    engine: EngineOptions = EngineOptions()
+    cache: Path | None = None
+    progress: Callable[[str], None] = lambda text: None
+
+
+DEFAULT_REQUEST = BuildRequest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildTarget:
+    """What engines of a build are for.
+
+    Attributes:
+        processor: as an engine's record has it.
+        refusal: why they cannot run on this machine; None where they can.
+        has_kernels: whether our own kernels compute the operators of the domain `restyle_deploy`.
+        facts: for an engine's record, in plain values.
+    """
+
+    processor: str
+    refusal: str | None
+    has_kernels: bool
+    facts: Mapping[str, Any]
 
 
 class Runner(Protocol):
@@ -62,6 +159,9 @@ class Backend(Protocol):
     ENGINE_BATCH: int | None
     """1 where engines are best built for single images, which a session runs one by one; None for any number."""
 
+    ENGINE_OPTIONS: frozenset[str]
+    """Names of the `EngineOptions` that `build` takes."""
+
     def devices(self) -> tuple[str, ...]:
         """Return the devices that can run here, as `Session.open` takes them."""
         ...
@@ -78,29 +178,83 @@ class Backend(Protocol):
         """
         ...
 
-    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+    def processors(self, device: str) -> tuple[str, ...]:
+        """Return what an engine's record may name as `processor` to run on one of the `devices`."""
+        ...
+
+    def plugin_hash(self) -> str | None:
+        """Return the hash of the kernels that `build` puts into engines; None where it has none."""
+        ...
+
+    def check_build(self, options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
+        """Find out, without a graph, whether engines can be built here with these options, and what they will be for.
+
+        Raises:
+            BackendUnavailableError: see `check_options`, though some libraries build for a device that is not here; or
+                an option that this library does not have.
+            ValueError: options that contradict each other.
+        """
+        ...
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
         """Turn an ONNX file into an engine file, which loads faster and runs on such a machine only.
 
         Args:
             graph: the ONNX file; weights inside it, or as external data beside it.
             engine: the file to write, in a folder that exists; the names of files beside it begin with its stem.
             options: how the engine will be run.
+            request: how it is built.
+        Returns:
+            Facts for the engine's record, in plain values.
         Raises:
-            BackendUnavailableError: see `check_options`.
+            BackendUnavailableError, ValueError: see `check_build`.
+            BuildError: the library refuses the graph.
+        """
+        ...
+
+    def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+        """Find out whether the library takes a graph, as far as that is known without building it.
+
+        Returns:
+            Facts for people, in plain values.
+        Raises:
             BuildError: the library refuses the graph.
         """
         ...
 
     def load(
-        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+        self,
+        file: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        options: RunnerOptions,
+        weights: Path | None = None,
     ) -> Runner:
         """Load an ONNX file, or an engine that `build` wrote on such a machine with the same library.
 
+        Args:
+            file: the ONNX file or the engine.
+            inputs, outputs: its border.
+            options: how it is run.
+            weights: the ONNX file that a stripped engine was built from.
         Raises:
             BackendUnavailableError: see `check_options`.
             BuildError: the library refuses the file.
         """
         ...
+
+
+def refuse_engine_options(backend: str, engine: EngineOptions, taken: frozenset[str]) -> None:
+    """Raise `BackendUnavailableError` if options are given that a backend does not take."""
+    unknown = [name for name in engine.given if name not in taken]
+    if unknown:
+        options = ", ".join(f"--{OPTION_NAMES[name]}" for name in unknown)
+        raise BackendUnavailableError(
+            f"backend {backend} has no {options}; it has "
+            f"{', '.join(f'--{OPTION_NAMES[name]}' for name in OPTION_NAMES if name in taken) or 'no such option'}"
+        )
 
 
 def check_buffers(buffers: Mapping[str, NDArray[Any]], specs: tuple[TensorSpec, ...]) -> None:

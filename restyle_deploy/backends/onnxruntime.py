@@ -7,10 +7,21 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from restyle_deploy.backends.base import EXACT_PRECISION, RunnerOptions, check_buffers
+from restyle_deploy.backends.base import (
+    DEFAULT_REQUEST,
+    EXACT_PRECISION,
+    BuildRequest,
+    BuildTarget,
+    EngineOptions,
+    RunnerOptions,
+    check_buffers,
+    refuse_engine_options,
+)
 from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.processor import describe_processor
 from restyle_deploy.tensors import TensorSpec
 
+ENGINE_OPTIONS: frozenset[str] = frozenset()
 ENGINE_SUFFIX = ".onnx"
 ENGINE_BATCH: int | None = None
 
@@ -41,7 +52,31 @@ def check_options(options: RunnerOptions) -> None:
         )
 
 
-def build(graph: Path, engine: Path, options: RunnerOptions) -> None:
+def processors(device: str) -> tuple[str, ...]:
+    """Return this machine's processor."""
+    return (describe_processor(),)
+
+
+def plugin_hash() -> str | None:
+    """Return None: there is no kernel of ours for the CPU."""
+    return None
+
+
+def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
+    """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
+    refuse_engine_options("onnxruntime", engine, ENGINE_OPTIONS)
+    check_options(options)
+    return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
+
+
+def check_graph(graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+    """Return nothing: only building tells whether the library takes a graph."""
+    return {}
+
+
+def build(
+    graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+) -> Mapping[str, Any]:
     """Optimise an ONNX file for this machine and write the result; see `Backend.build`.
 
     Convolution weights are stored in the blocked layout of this processor's vectors, constants are folded, and the
@@ -56,10 +91,15 @@ def build(graph: Path, engine: Path, options: RunnerOptions) -> None:
         "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
     )
     _open(graph, settings)
+    return {}
 
 
 def load(
-    file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    file: Path,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    options: RunnerOptions,
+    weights: Path | None = None,
 ) -> "OnnxRuntimeRunner":
     """Load an ONNX file or an engine; seconds for a large ONNX file, a fraction of one for its engine."""
     return OnnxRuntimeRunner(_open(file, create_settings(options)), inputs, outputs)

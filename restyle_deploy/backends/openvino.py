@@ -11,13 +11,24 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as ops
-from openvino.frontend import FrontEndManager, NodeContext
+from openvino.frontend import FrontEndManager
 from openvino.frontend.onnx import ConversionExtension
 
-from restyle_deploy.backends.base import RunnerOptions, check_buffers
+from restyle_deploy.backends.base import (
+    DEFAULT_REQUEST,
+    BuildRequest,
+    BuildTarget,
+    EngineOptions,
+    RunnerOptions,
+    check_buffers,
+    refuse_engine_options,
+)
+from restyle_deploy.backends.openvino_nodes import CONVERSIONS
 from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.processor import describe_processor
 from restyle_deploy.tensors import TensorSpec
 
+ENGINE_OPTIONS: frozenset[str] = frozenset()
 ENGINE_SUFFIX = ".blob"
 # With a free batch OpenVINO allocates outputs itself and copies them, and larger batches gain little or nothing.
 ENGINE_BATCH = 1
@@ -52,7 +63,7 @@ def check_options(options: RunnerOptions) -> None:
         )
     if options.precision not in _PRECISION_HINTS:
         raise BackendUnavailableError(
-            f"backend openvino: precision {options.precision} cannot run here; known are {', '.join(_PRECISION_HINTS)}"
+            f"backend openvino: precision {options.precision} cannot run here: known are {', '.join(_PRECISION_HINTS)}"
         )
     if options.precision == "bf16" and "BF16" not in ov.Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
         raise BackendUnavailableError(
@@ -61,7 +72,31 @@ def check_options(options: RunnerOptions) -> None:
         )
 
 
-def build(graph: Path, engine: Path, options: RunnerOptions) -> None:
+def processors(device: str) -> tuple[str, ...]:
+    """Return this machine's processor."""
+    return (describe_processor(),)
+
+
+def plugin_hash() -> str | None:
+    """Return None: there is no kernel of ours for the CPU."""
+    return None
+
+
+def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
+    """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
+    refuse_engine_options("openvino", engine, ENGINE_OPTIONS)
+    check_options(options)
+    return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
+
+
+def check_graph(graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+    """Return nothing: only building tells whether the library takes a graph."""
+    return {}
+
+
+def build(
+    graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+) -> Mapping[str, Any]:
     """Compile an ONNX file and write it as a blob, which opens without conversion; see `Backend.build`.
 
     The batch stays as the graph has it. A free one costs speed (a 1024 px generator runs 1.2 × as long, the demo's
@@ -73,10 +108,15 @@ def build(graph: Path, engine: Path, options: RunnerOptions) -> None:
     with _refusal(graph):
         ov.Core().compile_model(model, _DEVICE, _settings(options)).export_model(exported)
     engine.write_bytes(exported.getbuffer())
+    return {}
 
 
 def load(
-    file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    file: Path,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    options: RunnerOptions,
+    weights: Path | None = None,
 ) -> "OpenVinoRunner":
     """Load an ONNX file, which is compiled when a batch size is first bound, or a blob of `build`."""
     check_options(options)
@@ -169,7 +209,7 @@ def _settings(options: RunnerOptions) -> dict[str, Any]:
 def _read_graph(path: Path) -> ov.Model:
     """Convert an ONNX file, custom nodes too: OpenVINO does not read the functions that the file has for them."""
     frontend = FrontEndManager().load_by_framework("onnx")
-    for name, convert in (("FusedBiasAct", _convert_fused_bias_act), ("UpFirDn2d", _convert_upfirdn2d)):
+    for name, convert in CONVERSIONS.items():
         frontend.add_extension(ConversionExtension(name, DOMAIN, convert))
     with _refusal(path):
         if not frontend.supported(str(path)):
@@ -218,65 +258,6 @@ def _merging_enlarges(first: ov.Node, second: ov.Node, constants: set[str]) -> b
         return False
     shapes = [tuple(value.get_shape()) for value in taken]
     return int(np.prod(np.broadcast_shapes(*shapes))) > max(int(np.prod(shape)) for shape in shapes)
-
-
-def _convert_fused_bias_act(node: NodeContext) -> list[ov.Output]:
-    """Compute `gain * leaky_relu(x + bias)`; see `ops.fused_bias_act`."""
-    bias = ops.unsqueeze(node.get_input(1), np.array([1, 2]))  # [C, 1, 1]
-    activated = ops.prelu(
-        ops.add(node.get_input(0), bias), np.array([node.get_attribute("negative_slope")], np.float32)
-    )
-    return list(ops.multiply(activated, np.array(node.get_attribute("gain"), np.float32)).outputs())
-
-
-def _convert_upfirdn2d(node: NodeContext) -> list[ov.Output]:
-    """Insert zeros, pad, filter and keep every `down`-th sample; see `ops.upfirdn2d`.
-
-    Zeros and filter are one transposed convolution where that gives the same border: it starts before the first
-    sample by the filter's size, so that `begin` and `end` are what to cut off.
-    """
-    x, kernel = node.get_input(0), node.get_input(1)  # [N, C, H, W], [kh, kw]
-    up, down, pads = (list(map(int, node.get_attribute(name))) for name in ("up", "down", "pads"))
-    channels, size = int(node.get_attribute("channels")), list(kernel.get_shape())
-    begin = [size[axis] - 1 - pads[axis] for axis in (0, 1)]
-    end = [size[axis] - up[axis] - pads[2 + axis] for axis in (0, 1)]
-    if up != [1, 1] and down == [1, 1] and min(begin + end) >= 0:
-        weight = ops.broadcast(kernel, np.array([channels, 1, 1, *size]))  # [C, 1, 1, kh, kw]
-        return list(
-            ops.group_convolution_backprop_data(
-                x, weight, strides=up, pads_begin=begin, pads_end=end, dilations=[1, 1]
-            ).outputs()
-        )
-    if up != [1, 1]:
-        x = _insert_zeros(x, up, channels)
-    if min(pads) < 0:
-        cropped = [min(0, pad) for pad in pads]
-        x = ops.pad(x, np.array([0, 0, *cropped[:2]]), np.array([0, 0, *cropped[2:]]), "constant", np.float32(0))
-    last, before_first = np.array([-1, -1]), np.full(2, -(2**31))
-    flipped = ops.slice(kernel, last, before_first, last, np.array([0, 1]))
-    padded = [max(0, pad) for pad in pads]
-    filtered = ops.group_convolution(
-        x,
-        ops.broadcast(flipped, np.array([channels, 1, 1, *size])),  # [C, 1, 1, kh, kw]
-        strides=down,
-        pads_begin=padded[:2],
-        pads_end=padded[2:],
-        dilations=[1, 1],
-    )
-    return list(filtered.outputs())
-
-
-def _insert_zeros(x: ov.Output, up: list[int], channels: int) -> ov.Node:
-    """Let `up - 1` zeros follow each sample: a transposed convolution with a filter of one sample."""
-    return ops.group_convolution_backprop_data(
-        x,
-        np.ones((channels, 1, 1, 1, 1), np.float32),
-        strides=up,
-        pads_begin=[0, 0],
-        pads_end=[0, 0],
-        dilations=[1, 1],
-        output_padding=[factor - 1 for factor in up],
-    )
 
 
 @contextmanager

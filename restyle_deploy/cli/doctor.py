@@ -30,9 +30,9 @@ def doctor(context: click.Context, gpu: bool, bundle: Path | None, as_json: bool
     and verifies engines, prints what came of it as the row for the table in docs/gpu.md, and exits with 1 if a check
     failed or there is no GPU.
 
-    \b
-    Examples: restyle-deploy doctor
-              restyle-deploy doctor --gpu --bundle engines/demo-faces
+    Example: restyle-deploy doctor
+
+    Example: restyle-deploy doctor --gpu --bundle engines/demo-faces
     """
     if bundle is not None and not gpu:
         raise click.UsageError("--bundle goes with --gpu")

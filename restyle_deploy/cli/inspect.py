@@ -9,23 +9,39 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from restyle_deploy.cli.options import bundle_argument, json_option
+from restyle_deploy.facts import format_facts
 
 if TYPE_CHECKING:
     from restyle_deploy.bundle import Bundle, EngineRecord
     from restyle_deploy.tensors import TensorSpec
 
+_WIDTHS = (60, 18, 8, 0, 0)
+_LAYER_SOURCES = {
+    "engine": "layers, as the engine runs them",
+    "network": "layers, as parsed: no device was there to tell how the engine fuses them, and in what formats",
+}
+
 
 @click.command()
 @bundle_argument
+@click.option(
+    "--layers", "with_layers", is_flag=True, help="List the layers of engines instead, with precisions and formats."
+)
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, with_layers: bool, as_json: bool) -> None:
     """Tell what BUNDLE holds: model, graphs, engines with their plans, and verification.
+
+    With --layers it lists what the engines compute instead, as in: restyle-deploy inspect faces --layers
 
     Example: restyle-deploy inspect engines/demo-faces
     """
     from restyle_deploy.bundle import open_bundle
 
     opened = open_bundle(bundle)
+    if with_layers:
+        layers = {engine.directory.name: read_layers(engine) for engine in opened.engines}
+        click.echo(json.dumps(layers, indent=2) if as_json else "\n".join(_describe_layers(layers)))
+        return
     click.echo(json.dumps(_facts_of_bundle(opened), indent=2) if as_json else "\n".join(_describe_bundle(opened)))
 
 
@@ -50,6 +66,7 @@ def _facts_of_bundle(bundle: "Bundle") -> dict[str, Any]:
             for name, graph in bundle.graphs.items()
         },
         "engines": [engine_as_json(engine, bundle.path) for engine in bundle.engines],
+        "damaged_engines": [asdict(damaged) for damaged in bundle.damaged_engines],
         "verification": dict(bundle.verification),
     }
 
@@ -75,9 +92,10 @@ def _describe_bundle(bundle: "Bundle") -> list[str]:
             for name, graph in bundle.graphs.items()
         },
         "engines": {engine.directory.name: _describe_engine(engine) for engine in bundle.engines} or [],
+        **({"damaged engines": damaged} if (damaged := _describe_damaged(bundle)) else {}),
         "verification": bundle.verification,
     }
-    return _lines(facts)
+    return format_facts(facts)
 
 
 def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
@@ -90,10 +108,61 @@ def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
         "libraries": [f"{name} {version}" for name, version in engine.library_versions.items()],
         "processor": engine.processor,
         "graphs": list(engine.graphs),
+        **_describe_build(engine.build),
         "plan": f"{plan['origin']}, measured for {plan['seconds']:.1f} s" if plan["seconds"] else plan["origin"],
         **({"whole graphs": wholes} if (wholes := _describe_wholes(plan["measurements"])) else {}),
         "sites": _describe_sites(plan["choices"], plan["measurements"]),
     }
+
+
+def _describe_build(build: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether an engine was verified, and how its backend built it; nothing for a verified one on a CPU."""
+    facts = {name: value for name, value in build.items() if name not in ("verified", "reason", "graphs")}
+    state = "yes" if build["verified"] else f"NO: {build['reason']}"
+    return {"verified": state, **({"build": facts} if facts else {})}
+
+
+def _describe_damaged(bundle: "Bundle") -> dict[str, str]:
+    mend = "build it again, or leave it: the others can be used"
+    return {damaged.name: f"{damaged.reason}; {mend}" for damaged in bundle.damaged_engines}
+
+
+def read_layers(engine: "EngineRecord") -> dict[str, Any]:
+    """Return what lies beside an engine's graphs about their layers, by role; nothing where the backend tells none.
+
+    Raises:
+        BundleError: a file is missing, or holds no layers.
+    """
+    from restyle_deploy.engines import LAYERS_SUFFIX
+    from restyle_deploy.errors import BundleError
+
+    layers = {}
+    for role, graph in engine.graphs.items():
+        path = graph.path.with_suffix(LAYERS_SUFFIX)
+        if path.name in engine.files:
+            try:
+                layers[role] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise BundleError(f"{path}: holds no layers ({error}); build the engine again") from error
+    return layers
+
+
+def _describe_layers(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return lines: a heading for each graph, and name, type, precision, format and shapes of each layer."""
+    lines = []
+    for engine, graphs in engines.items():
+        if not graphs:
+            lines.append(f"{engine}: its backend tells no layers")
+        for role, content in graphs.items():
+            lines.append(f"{engine} {role}, {len(content['layers'])} {_LAYER_SOURCES[content['of']]}")
+            lines += [_format_layer(layer) for layer in content["layers"]]
+    return lines or ["no engine"]
+
+
+def _format_layer(layer: Mapping[str, Any]) -> str:
+    shapes = " ".join("×".join(map(str, shape)) for shape in layer["shapes"])
+    columns = [layer["name"], layer["type"], layer["precision"], layer["format"] or "", shapes]
+    return "  " + "  ".join(f"{column:<{width}}" for column, width in zip(columns, _WIDTHS, strict=True)).rstrip()
 
 
 def _describe_wholes(measurements: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -119,14 +188,3 @@ def _describe_sites(choices: Mapping[str, str], measurements: Mapping[str, Mappi
 
 def _format_spec(spec: "TensorSpec") -> str:
     return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
-
-
-def _lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
-    lines, width = [], max([24 - len(indent), *(len(name) + 2 for name in facts)])
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append(f"{indent}{name + ':':<{width}}{text or 'none'}")
-    return lines

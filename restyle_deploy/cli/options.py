@@ -1,13 +1,16 @@
 """Arguments and options that several commands share."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from restyle_deploy.backends import BACKENDS
+from restyle_deploy.backends import BACKENDS, default_device
 from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -19,6 +22,15 @@ preview_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+PRECISION_HELP = "What is computed in; all but fp32 are approximate."
+
+
+def device_option(help_text: str) -> Decorator:
+    """Return the option --device, whose default is that of the backend; --backend has to be eager."""
+    defaults = ", ".join(dict.fromkeys(row.device for row in BACKENDS.values()))
+    return click.option("--device", callback=_default_device, show_default=f"the backend's: {defaults}", help=help_text)
+
+
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --backend, --device, --threads, --precision and --plain."""
     options: list[Decorator] = [
@@ -27,9 +39,10 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(list(BACKENDS)),
             default="onnxruntime",
             show_default=True,
+            is_eager=True,
             help="Library that runs the graphs.",
         ),
-        click.option("--device", default="cpu", show_default=True, help="Device that the backend runs on."),
+        device_option("Device that the backend runs on."),
         click.option(
             "--threads",
             type=click.IntRange(min=1),
@@ -41,10 +54,69 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(PRECISIONS),
             default=EXACT_PRECISION,
             show_default=True,
-            help="What the backend computes in; bf16 is approximate.",
+            help=PRECISION_HELP,
         ),
         click.option("--plain", is_flag=True, help="Run the exported graphs, even where an engine has been built."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that only some backends have; a backend without one refuses it."""
+    batches = click.IntRange(min=1)
+    options: list[Decorator] = [
+        click.option("--min-batch", type=batches, help="TensorRT: fewest images of one run.", show_default="1"),
+        click.option(
+            "--opt-batch", type=batches, help="TensorRT: images of one run to be fastest for.", show_default="1"
+        ),
+        click.option("--max-batch", type=batches, help="TensorRT: most images of one run.", show_default="8"),
+        click.option(
+            "--workspace",
+            "workspace_bytes",
+            callback=_parse_bytes,
+            metavar="BYTES",
+            help="TensorRT: memory for one layer's own use, as 512M or 2G.",
+        ),
+        click.option(
+            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: higher levels build for longer."
+        ),
+        click.option(
+            "--compute-capability",
+            "compute_capabilities",
+            multiple=True,
+            help="TensorRT for RTX: GPUs that the engine is for, wherever it is built, as 8.9; repeatable.",
+            show_default="8.0, 8.6, 8.9, 12.0",
+        ),
+        click.option(
+            "--hardware-compatible", is_flag=True, help="TensorRT: the engine runs on all GPUs from Ampere on, slower."
+        ),
+        click.option(
+            "--version-compatible", is_flag=True, help="TensorRT: the engine runs with later versions of the library."
+        ),
+        click.option(
+            "--stripped",
+            is_flag=True,
+            help="TensorRT: leave the weights out; opening takes them from the bundle's graphs.",
+        ),
+        click.option(
+            "--no-plugins", is_flag=True, help="TensorRT: its own operations take the place of our CUDA kernels."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _parse_bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Return the number in a text such as 512M."""
+    found = re.fullmatch(r"([1-9]\d*)([KMG]?)", value or "")
+    if value is not None and found is None:
+        raise click.BadParameter(f"{value!r} is no number of bytes, such as 512M or 2G")
+    return int(found.group(1)) * _UNITS[found.group(2)] if found else None
+
+
+def _default_device(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    backend = context.params.get("backend")  # missing where --backend itself is
+    return default_device(backend) if value is None and backend else value

@@ -1,39 +1,40 @@
 """A bundle opened on a backend: from images to images and latents."""
 
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.backends import load_backend
+from restyle_deploy.backends import default_device, load_backend
 from restyle_deploy.backends.base import EXACT_PRECISION, Backend, RunnerOptions
 from restyle_deploy.bundle import (
     Bundle,
     EngineRecord,
     GraphRecord,
-    build_command,
     check_engine,
     check_graphs,
     find_engine,
     read_bundle,
 )
-from restyle_deploy.errors import BundleError, ShapeError, VerificationError
+from restyle_deploy.engines import build_command
+from restyle_deploy.errors import BackendUnavailableError, BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.processor import describe_processor
-from restyle_deploy.runtime.images import normalize_images, resize_image
 from restyle_deploy.runtime.loop import LoadedGraph, Loop
+from restyle_deploy.runtime.targets import LARGEST_VALUE as LARGEST_VALUE  # of `Session.invert`
+from restyle_deploy.runtime.targets import targets_from_images as targets_from_images
 
 DEFAULT_MAX_BATCH = 8
 # Loops kept bound, each with its buffers: one for full batches, one for what remains.
 LOOPS_KEPT = 2
-# Float images are meant in [-1, 1]; resampling overshoots a little, while 0..255 would be far off.
-LARGEST_VALUE = 1.5
+NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Session:
         bundle: str | Path,
         *,
         backend: str = "onnxruntime",
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
         precision: str = EXACT_PRECISION,
         plain: bool = False,
@@ -84,7 +85,7 @@ class Session:
         Args:
             bundle: the directory.
             backend: a row of `backends.BACKENDS`.
-            device: one of the backend's devices.
+            device: one of the backend's devices; None for its default: `cpu`, or `cuda:0`.
             threads: CPU threads of one run; None leaves the choice to the backend.
             precision: one of `backends.base.PRECISIONS`; all but fp32 are approximate, and need an engine.
             plain: load the exported graphs, whether there is an engine or not, for any precision.
@@ -101,7 +102,7 @@ class Session:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
         module = load_backend(backend)
-        options = RunnerOptions(device=device, threads=threads, precision=precision)
+        options = RunnerOptions(device=device or default_device(backend), threads=threads, precision=precision)
         module.check_options(options)
         opened = read_bundle(bundle)
         has_previews = preview_steps and opened.config.output_size > opened.config.input_size
@@ -111,19 +112,28 @@ class Session:
         }
         versions = dict(module.library_versions())
         if engine:
-            check_engine(opened, engine, library_versions=versions, processor=describe_processor(), roles=records)
+            check_engine(
+                opened,
+                engine,
+                library_versions=versions,
+                processors=module.processors(options.device),
+                plugin_hash=module.plugin_hash(),
+                roles=records,
+            )
+            options = replace(options, host_code_allowed=bool(engine.build.get("version_compatible")))
         else:
             check_graphs(opened)
         description = {
             "backend": backend,
-            "device": device,
+            "device": options.device,
             "threads": threads,
             "precision": precision,
             "plan": engine.plan["origin"] if engine else "plain",
             "preview_steps": has_previews,
             "library_versions": versions,
         }
-        return cls(opened, load_graphs(module, records, options), description)
+        with _weights_of(opened, engine) as weights:
+            return cls(opened, load_graphs(module, records, options, weights), description)
 
     @property
     def config(self) -> ModelConfig:
@@ -231,53 +241,44 @@ def _choose_engine(
     return engine
 
 
+@contextmanager
+def _weights_of(bundle: Bundle, engine: EngineRecord | None) -> Iterator[Mapping[str, Path]]:
+    """Yield the graphs whose weights a stripped engine takes, by role; for another one there is nothing to take."""
+    if engine is None or engine.build.get("weights") != "stripped":
+        yield {}
+        return
+    try:
+        from restyle_deploy.engine_graphs import write_weights
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"{engine.directory}: a stripped engine takes its weights from the bundle's graphs, which needs "
+            f"{error.name}; run: pip install 'restyle-deploy[build]'"
+        ) from error
+    check_graphs(bundle)
+    with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
+        yield write_weights(bundle, engine, folder=Path(folder))
+
+
 def load_graphs(
-    module: Backend, records: Mapping[str, GraphRecord], options: RunnerOptions
+    module: Backend,
+    records: Mapping[str, GraphRecord],
+    options: RunnerOptions,
+    weights: Mapping[str, Path] = NO_WEIGHTS,
 ) -> Mapping[str, LoadedGraph]:
-    """Load graphs by role, for `Session`; when one is refused, release those before it."""
+    """Load graphs by role, for `Session`; when one is refused, release those before it.
+
+    Args:
+        module, records, options: what is loaded, and how.
+        weights: by role, the ONNX files that stripped engines were built from.
+    """
     graphs: dict[str, LoadedGraph] = {}
     with ExitStack() as loaded:
         for role, record in records.items():
-            runner = module.load(record.path, record.inputs, record.outputs, options)
+            runner = module.load(record.path, record.inputs, record.outputs, options, weights.get(role))
             loaded.callback(runner.close)
             graphs[role] = LoadedGraph(record=record, runner=runner)
         loaded.pop_all()  # all are there: the session closes them
     return graphs
-
-
-def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np.float32]:
-    """Return images as the encoder takes them: float32 [N, 3, h, w] in [-1, 1].
-
-    Args:
-        images: see `Session.invert`.
-        config: gives the encoder's input size.
-    Raises:
-        TypeError, ShapeError, ValueError: see `Session.invert`.
-    """
-    if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
-        got = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise TypeError(f"images: got {got}, expected a NumPy array of uint8 [N,H,W,3] or float32 [N,3,h,w]")
-    height, width = config.input_shape
-    if images.dtype == np.uint8:
-        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
-            raise ShapeError(
-                f"images: got uint8 {list(images.shape)}, expected [N, H, W, 3]; one image is images[None]"
-            )
-    elif images.ndim != 4 or images.shape[1:] != (3, height, width):
-        raise ShapeError(f"images: got float32 {list(images.shape)}, expected [N, 3, {height}, {width}]")
-    if len(images) == 0:
-        raise ValueError("images: got none, expected at least one")
-    if images.dtype == np.uint8:
-        return normalize_images(np.stack([resize_image(image, (height, width)) for image in images]))
-    bad = [index for index, image in enumerate(images) if not np.isfinite(image).all()]
-    if bad:
-        raise ValueError(f"images: NaN or infinity in image {', '.join(map(str, bad))}")
-    largest = float(np.abs(images).max())
-    if largest > LARGEST_VALUE:
-        raise ValueError(
-            f"images: float32 values up to {largest:g}, expected [-1, 1]; pass 0..255 as uint8 [N, H, W, 3]"
-        )
-    return images
 
 
 def _check_finite(images: NDArray[np.float32], latents: NDArray[np.float32], *, last_step: int) -> None:

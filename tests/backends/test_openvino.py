@@ -19,8 +19,8 @@ from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.errors import BackendUnavailableError, BuildError
-from restyle_deploy.graph.export import DOMAIN, OPSET
 from restyle_deploy.ops import fused_bias_act, upfirdn2d
+from restyle_deploy.ops.onnx_functions import DOMAIN, OPSET
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
@@ -338,7 +338,7 @@ def test_bf16_is_refused_without_its_instructions(
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(BackendUnavailableError, match="precision fp4 cannot run here; known are fp32, bf16"):
+    with pytest.raises(BackendUnavailableError, match="precision fp4 cannot run here: known are fp32, bf16"):
         backend.check_options(RunnerOptions(precision="fp4"))
     with pytest.raises(BackendUnavailableError, match="device 'abacus' cannot run here; available: cpu"):
         backend.check_options(RunnerOptions(device="abacus"))

@@ -88,9 +88,157 @@ def test_options_reach_the_build(
     result = run("build", toy_bundle, *given)
     assert (result.exit_code, result.stderr) == (1, "Error: seen\n")
     options = build_module.BuildOptions(
-        backend="openvino", precision="bf16", threads=3, tune=tune, retune=retune, seconds=seconds
+        backend="openvino", device="cpu", precision="bf16", threads=3, tune=tune, retune=retune, seconds=seconds
     )
     assert seen == [(toy_bundle, options)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine"),
+    [
+        ([], {}),
+        (
+            ["--min-batch", "2", "--opt-batch", "3", "--max-batch", "4"],
+            {"min_batch": 2, "opt_batch": 3, "max_batch": 4},
+        ),
+        (["--workspace", "512"], {"workspace_bytes": 512}),
+        (["--workspace", "3K"], {"workspace_bytes": 3 * 2**10}),
+        (["--workspace", "2G", "--optimization-level", "0"], {"workspace_bytes": 2**31, "optimization_level": 0}),
+        (["--compute-capability", "8.9", "--compute-capability", "12.0"], {"compute_capabilities": ("8.9", "12.0")}),
+        (["--hardware-compatible", "--version-compatible"], {"hardware_compatible": True, "version_compatible": True}),
+        (["--stripped", "--no-plugins"], {"stripped": True, "no_plugins": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_options_of_engines_reach_the_build(
+    run: Run,
+    toy_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    engine: dict[str, Any],
+    dry: bool,
+) -> None:
+    from restyle_deploy import build as build_module
+    from restyle_deploy.backends.base import EngineOptions
+    from restyle_deploy.errors import BuildError
+
+    seen: list[Any] = []
+
+    def note(bundle: Path, options: Any, **_: Any) -> None:
+        seen.append(options)
+        raise BuildError("seen")
+
+    monkeypatch.setattr(build_module, "describe_build" if dry else "build_engine", note)
+    result = run("build", toy_bundle, *arguments, "--backend", "tensorrt-rtx", *(["--dry-run"] if dry else []))
+    assert (result.exit_code, result.stderr) == (1, "Error: seen\n")
+    assert seen == [build_module.BuildOptions(backend="tensorrt-rtx", device="cuda:0", engine=EngineOptions(**engine))]
+
+
+def test_all_examples_of_the_help_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from restyle_deploy.cli.build import build
+
+    examples = re.findall(r"restyle-deploy build (.+)", str(build.help))
+    assert len(examples) > 3
+    monkeypatch.setattr(build, "callback", lambda **arguments: None)
+    for example in examples:
+        result = CliRunner().invoke(build, example.split(), catch_exceptions=False)
+        assert result.exit_code == 0, (example, result.output)
+
+
+def test_arguments_of_a_record_are_those_that_the_command_takes(
+    run: Run, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restyle_deploy import build as build_module
+    from restyle_deploy.backends.base import EngineOptions
+    from restyle_deploy.errors import BuildError
+
+    every = EngineOptions(
+        min_batch=2,
+        opt_batch=3,
+        max_batch=4,
+        workspace_bytes=1000,
+        optimization_level=0,
+        compute_capabilities=("8.9", "12.0"),
+        hardware_compatible=True,
+        version_compatible=True,
+        stripped=True,
+        no_plugins=True,
+    )
+    assert len(every.given) == len(vars(every))
+    seen: list[Any] = []
+
+    def note(bundle: Path, options: Any, **_: Any) -> None:
+        seen.append(options.engine)
+        raise BuildError("seen")
+
+    monkeypatch.setattr(build_module, "build_engine", note)
+    run("build", toy_bundle, "--backend", "tensorrt", *every.arguments)
+    assert seen == [every]
+
+
+def test_engine_that_is_not_verified_says_so(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from restyle_deploy import build as build_module
+    from tests.bundles import add_engine
+
+    state = {"verified": False, "reason": "no GPU here", "profile": {"max": 8}, "plugin_route": "functions"}
+    monkeypatch.setattr(build_module, "build_engine", lambda bundle, options, progress: add_engine(bundle, build=state))
+    result = run("build", bundle, "--backend", "onnxruntime")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert ": built, NOT VERIFIED, " in first
+    assert second == "not verified: no GPU here"
+    described = run("inspect", bundle).stdout
+    assert re.search(r"verified: +NO: no GPU here\n", described)
+    assert re.search(r"plugin_route: +functions\n", described)
+    assert re.search(r"max: +8\n", described)
+
+
+def test_dry_run_prints_what_would_be_built(run: Run, bundle: Path) -> None:
+    before = sorted(bundle.rglob("*"))
+    result = run("build", bundle, "--backend", "onnxruntime", "--dry-run")
+    assert result.exit_code == 0
+    assert re.search(r"directory: +.*onnxruntime-cpu-fp32\n", result.stdout)
+    assert re.search(r"file: +generator\.onnx\n", result.stdout)
+    facts = json.loads(run("build", bundle, "--backend", "onnxruntime", "--dry-run", "--json").stdout)
+    assert set(facts["graphs"]) == {"target", "encoder", "generator", "preview"}
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_contradicting_options_are_wrong_usage(run: Run, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from restyle_deploy import build as build_module
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("the batches are 3, 2 and 8")
+
+    monkeypatch.setattr(build_module, "build_engine", refuse)
+    result = run("build", toy_bundle, "--backend", "tensorrt", "--min-batch", 3, "--opt-batch", 2)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: the batches are 3, 2 and 8\n")
+
+
+@pytest.mark.tensorrt
+def test_engine_of_tensorrt_rtx_and_its_layers(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from restyle_deploy.backends import tensorrt as backend_module
+
+    monkeypatch.setattr(backend_module, "find_devices", lambda: ((), "there is no NVIDIA driver"))
+    result = run("build", bundle, "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-batch", 4)
+    assert result.exit_code == 0
+    assert "building the generator: Building engine …\n" in result.stderr
+    assert result.stdout.endswith("not verified: no GPU can run the engine here: there is no NVIDIA driver\n")
+    described = run("inspect", bundle).stdout
+    assert re.search(r"processor: +sm_89\n", described)
+    layers = run("inspect", bundle, "--layers").stdout
+    assert re.search(r"^tensorrt-rtx-cuda0-fp32 generator, \d+ layers, as parsed: no device was there", layers, re.M)
+    assert re.search(r"^  decoder\.conv1\S* +CONVOLUTION +FLOAT +-1×\d+×4×4$", layers, re.M)
+    facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
+    assert facts["tensorrt-rtx-cuda0-fp32"]["generator"]["of"] == "network"
+    refused = run("verify", bundle, "--backend", "tensorrt-rtx")
+    assert refused.exit_code == 1
+    assert "device 'cuda:0' cannot run here; available: none (there is no NVIDIA driver)" in refused.stderr
 
 
 def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
@@ -103,10 +251,14 @@ def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
     ("arguments", "message"),
     [
         ([], "Missing option '--backend'"),
-        (["--backend", "abacus"], "'abacus' is not one of 'onnxruntime', 'openvino'"),
+        (["--backend", "abacus"], "'abacus' is not one of 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt-rtx'"),
         (["--backend", "onnxruntime", "--threads", "0"], "0 is not in the range x>=1"),
         (["--backend", "onnxruntime", "--seconds", "-1"], "-1.0 is not in the range x>=0"),
-        (["--backend", "onnxruntime", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16'"),
+        (["--backend", "onnxruntime", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'tf32', 'fp16'"),
+        (["--backend", "onnxruntime", "--workspace", "2T"], "'2T' is no number of bytes, such as 512M or 2G"),
+        (["--backend", "onnxruntime", "--workspace", "0"], "'0' is no number of bytes, such as 512M or 2G"),
+        (["--backend", "onnxruntime", "--max-batch", "0"], "0 is not in the range x>=1"),
+        (["--backend", "onnxruntime", "--optimization-level", "6"], "6 is not in the range 0<=x<=5"),
     ],
     ids=str,
 )

@@ -3,6 +3,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from restyle_deploy.bundle import open_bundle
 from tests.bundles import PLAN, add_engine, edit_manifest
 from tests.cli.conftest import Run
@@ -70,6 +72,7 @@ def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_p
         "libraries": "onnxruntime 1.2, other 3",
         "processor": "Abacus",
         "graphs": "target, encoder, generator",
+        "verified": "yes",
         "plan": "tuned, measured for 3.5 s",
         "whole graphs": "whole generator exported 4.00, planned 3.00 ms",
         "generator.up.64": "polyphase  polyphase 1.25*, transposed 2.50 ms",
@@ -90,10 +93,66 @@ def test_json_describes_the_engines(run: Run, toy_bundle: Path, tmp_path: Path) 
     assert set(described["graphs"]) == {"encoder", "generator", "target", "preview"}
 
 
-def test_damaged_engine_is_one_line(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+def test_damaged_engine_is_shown_beside_the_others(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
     add_engine(bundle)
+    add_engine(bundle, precision="bf16")
     edit_manifest(bundle, lambda manifest: manifest["engines"][0]["plan"].pop("origin"))
     result = run("inspect", bundle)
+    assert result.exit_code == 0
+    assert re.search(r"engines/onnxruntime-cpu-fp32: KeyError: 'origin'; build it again", result.stdout)
+    assert "\n  onnxruntime-cpu-bf16\n" in result.stdout
+    facts = json.loads(run("inspect", bundle, "--json").stdout)
+    assert [engine["precision"] for engine in facts["engines"]] == ["bf16"]
+    assert facts["damaged_engines"] == [
+        {
+            "name": "engines/onnxruntime-cpu-fp32",
+            "key": ["onnxruntime", "cpu", "fp32"],
+            "reason": "KeyError: 'origin'",
+        }
+    ]
+
+
+LAYERS = [
+    {
+        "name": "decoder.conv1/Conv_1 + decoder.conv1/mul",
+        "type": "CaskConvolution",
+        "precision": "FP16",
+        "format": "Channel major FP16 format where channel % 8 == 0",
+        "shapes": [[1, 64, 4, 4]],
+        "model_layers": ["decoder.conv1"],
+    }
+]
+
+
+def test_layers_are_listed(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    assert run("inspect", bundle, "--layers").stdout == "no engine\n"
+    engine = add_engine(bundle)
+    heading = "onnxruntime-cpu-fp32: its backend tells no layers\n"
+    assert run("inspect", bundle, "--layers").stdout == heading
+    path = engine.directory / "generator.layers.json"
+    path.write_text(json.dumps({"of": "engine", "layers": LAYERS}), encoding="utf-8")
+    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["files"].update({path.name: "ab"}))
+    lines = run("inspect", bundle, "--layers").stdout.splitlines()
+    assert lines[0] == "onnxruntime-cpu-fp32 generator, 1 layers, as the engine runs them"
+    assert re.split(r" {2,}", lines[1].strip()) == [
+        *(LAYERS[0][name] for name in ("name", "type", "precision", "format")),
+        "1×64×4×4",
+    ]
+    facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
+    assert facts == {"onnxruntime-cpu-fp32": {"generator": {"of": "engine", "layers": LAYERS}}}
+
+
+@pytest.mark.parametrize("content", [b"{", None])
+def test_damaged_layers_are_one_line(run: Run, toy_bundle: Path, tmp_path: Path, content: bytes | None) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    path = add_engine(bundle).directory / "generator.layers.json"
+    if content is not None:
+        path.write_bytes(content)
+    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["files"].update({path.name: "ab"}))
+    result = run("inspect", bundle, "--layers")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*manifest\.json: damaged \(KeyError: 'origin'\); export .*\n", result.stderr)
+    assert re.fullmatch(
+        rf"Error: {re.escape(str(path))}: holds no layers \(.*\); build the engine again\n", result.stderr
+    )

@@ -74,7 +74,7 @@ def test_options_reach_the_session(run: Run, toy_bundle: Path, tmp_path: Path) -
     add_engine(bundle, processor="Abacus")
     result = run("verify", bundle)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*built on Abacus, this is .*restyle-deploy build .* --plain .*\n", result.stderr)
+    assert re.fullmatch(r"Error: .*built for Abacus, this is .*restyle-deploy build .* --plain .*\n", result.stderr)
     assert run("verify", bundle, "--plain").exit_code == 0
     result = run("verify", bundle, "--precision", "bf16")
     assert result.exit_code == 1

@@ -152,12 +152,12 @@ def test_missing_engine_of_a_precision_names_the_command(bundle: Path, backend: 
 
 MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "library": ({"library_versions": {"fake": "0.9"}}, r"built with fake 0\.9, here is fake 1\.0"),
-    "processor": ({"processor": "Abacus (beads)"}, r"built on Abacus \(beads\), this is "),
+    "processor": ({"processor": "Abacus (beads)"}, r"built for Abacus \(beads\), this is "),
     "graph": ({"sources": {"encoder": "ab", "generator": "cd"}}, "built from other graphs than the bundle's"),
     "graph less": ({"sources": {}}, "built from other graphs than the bundle's"),
     "all": (
         {"library_versions": {}, "processor": "Abacus", "sources": {}},
-        "built with .*; it was built on .*; it was built from",
+        "built with .*; it was built for .*; it was built from",
     ),
 }
 

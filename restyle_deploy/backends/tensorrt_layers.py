@@ -1,0 +1,83 @@
+"""The layers of a TensorRT engine as plain values, and the file that keeps them beside it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
+from restyle_deploy.engines import LAYERS_SUFFIX
+from restyle_deploy.errors import BuildError
+
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+
+def node_of_layer(layer: Any) -> str | None:
+    """Return the name of the ONNX node that a layer of a network was parsed from; None for the parser's own."""
+    return next(iter(_ONNX_LAYER.findall(layer.metadata or "")), None)
+
+
+def describe_layer(layer: Any, node: str) -> dict[str, Any]:
+    """Return what a layer of a network is: name, type, and precision and shapes of its outputs; it has no format yet.
+
+    Args:
+        layer: of the network.
+        node: the name of the ONNX node that it belongs to.
+    """
+    outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+    return {
+        "name": layer.name,
+        "type": layer.type.name,
+        "precision": ", ".join(dict.fromkeys(output.dtype.name for output in outputs)),
+        "format": None,
+        "shapes": [list(output.shape) if len(output.shape) >= 0 else [] for output in outputs],
+        "model_layers": _model_layers([node]),
+    }
+
+
+def layers_of_engine(trt: Any, plan: Any) -> list[dict[str, Any]]:
+    """Return the layers of a serialised engine, as the library's inspector tells them; needs the GPU.
+
+    Raises:
+        BuildError: the library does not take the engine.
+    """
+    logger = create_logger(trt)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(f"{describe_library(trt)} refuses the engine that it built: {describe_errors(logger.errors)}")
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return [describe_inspected(layer) for layer in json.loads(text)["Layers"]]
+
+
+def describe_inspected(layer: Any) -> dict[str, Any]:
+    """Return what the inspector says of a layer: an object, or the name alone where it knows no more."""
+    if isinstance(layer, str):
+        layer = {"Name": layer}
+    outputs = layer.get("Outputs", [])
+    formats = [str(output.get("Format/Datatype", output.get("Format", ""))) for output in outputs]
+    named = _ONNX_LAYER.findall(layer.get("Metadata", ""))
+    return {
+        "name": layer["Name"],
+        "type": layer.get("LayerType", ""),
+        "precision": ", ".join(dict.fromkeys(_precision_of(text) for text in formats)),
+        "format": ", ".join(dict.fromkeys(formats)),
+        "shapes": [output.get("Dimensions", []) for output in outputs],
+        "model_layers": _model_layers(named),
+    }
+
+
+def write_layers(engine: Path, source: str, layers: list[dict[str, Any]]) -> None:
+    """Write layers beside an engine's file; `source` says what they are of: `engine`, or `network`."""
+    path = engine.with_suffix(LAYERS_SUFFIX)
+    path.write_text(json.dumps({"of": source, "layers": layers}, indent=1) + "\n", encoding="utf-8")
+
+
+def _precision_of(text: str) -> str:
+    """Return the type in a text such as "Channel major FP16 format where channel % 8 == 0", or the whole of another."""
+    found = re.search(r"FP32|TF32|FP16|BF16|Float|Half|BFloat16|Int32|Int64|Bool|INT8|FP8", text)
+    return found.group(0) if found else text
+
+
+def _model_layers(nodes: list[str]) -> list[str]:
+    """Return the module paths in nodes' names, each once."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in nodes))

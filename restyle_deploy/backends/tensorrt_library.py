@@ -1,0 +1,94 @@
+"""How the two TensorRT libraries differ, and what building and running need of their Python modules."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from restyle_deploy.backends.base import EngineOptions
+
+LOGGER = logging.getLogger(__name__)
+DEFAULT_BATCHES = (1, 1, 8)
+DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # those that TensorRT for RTX builds for by default
+# From this compute capability on there are bfloat16 and TF32, and TensorRT's hardware compatibility.
+AMPERE = 80
+AMPERE_AND_NEWER = "sm_80+"
+_COMMON_OPTIONS = {"min_batch", "opt_batch", "max_batch", "workspace_bytes", "stripped", "no_plugins"}
+AMPERE_PRECISIONS = ("tf32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """How the two libraries differ.
+
+    Attributes:
+        backend: its row of `backends.BACKENDS`.
+        module: the name to import.
+        options: the `EngineOptions` that it takes.
+        builds_anywhere: whether it builds without the device, for named compute capabilities.
+    """
+
+    backend: str
+    module: str
+    options: frozenset[str]
+    builds_anywhere: bool
+
+
+TENSORRT = Library(
+    backend="tensorrt",
+    module="tensorrt",
+    options=frozenset(_COMMON_OPTIONS | {"optimization_level", "hardware_compatible", "version_compatible"}),
+    builds_anywhere=False,
+)
+TENSORRT_RTX = Library(
+    backend="tensorrt-rtx",
+    module="tensorrt_rtx",
+    options=frozenset(_COMMON_OPTIONS | {"compute_capabilities"}),
+    builds_anywhere=True,
+)
+
+
+def batches_of(engine: EngineOptions) -> tuple[int, int, int]:
+    """Return the fewest images of one run, those to be fastest for, and the most.
+
+    Raises:
+        ValueError: they are not in order.
+    """
+    least = engine.min_batch or DEFAULT_BATCHES[0]
+    best = engine.opt_batch or max(least, min(DEFAULT_BATCHES[1], engine.max_batch or DEFAULT_BATCHES[1]))
+    most = engine.max_batch or max(best, DEFAULT_BATCHES[2])
+    if not 1 <= least <= best <= most:
+        raise ValueError(f"the batches are {least}, {best} and {most}, expected 1 <= least <= best <= most")
+    return least, best, most
+
+
+def create_logger(trt: Any) -> Any:
+    """Return a TensorRT logger that hands messages on to `logging`, and keeps errors in its list `errors`.
+
+    TensorRT names no reason but in its log.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                LOGGER.info("%s", message)
+            else:
+                LOGGER.debug("%s", message)
+
+    return Logger()
+
+
+def describe_library(trt: Any) -> str:
+    """Return name and version, for messages."""
+    return f"{'TensorRT for RTX' if trt.__name__.endswith('_rtx') else 'TensorRT'} {trt.__version__}"
+
+
+def describe_errors(errors: list[str]) -> str:
+    """Return the first error that a logger has kept, in one line."""
+    message = next((error for error in errors if error.strip()), "it gives no reason")
+    return " ".join(message.split())
