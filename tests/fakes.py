@@ -123,27 +123,18 @@ def create_runners(roles: tuple[str, ...]) -> dict[str, FakeRunner]:
     return {role: FakeRunner(compute) for role, compute in computes.items()}
 
 
-class FakeBackend:
-    """Satisfies `Backend`; its engines are files of any content, and the stem of a file's name is the graph's role.
+class MadeUpBackend:
+    """The part of `Backend` that no graph takes part in.
 
     Attributes:
-        loaded: files, with the options, in the order of loading.
-        runners: by role; made anew by each load.
-        computes: by role, for loads to come.
         kernels: what `plugin_hash` returns.
-        weights: that stripped engines were loaded with, by the file's stem.
     """
 
     ENGINE_SUFFIX = ".fake"
     ENGINE_BATCH: int | None = None
     ENGINE_OPTIONS: frozenset[str] = frozenset()
 
-    def __init__(self, computes: Mapping[str, Callable[[Buffers], None]]) -> None:
-        self.computes = dict(computes)
-        self.loaded: list[tuple[Path, RunnerOptions]] = []
-        self.runners: dict[str, FakeRunner] = {}
-        self.kernels: str | None = None
-        self.weights: dict[str, Path | None] = {}
+    kernels: str | None = None
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
@@ -164,13 +155,30 @@ class FakeBackend:
     def check_build(self, options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
         return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
 
+    def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
+        return {}
+
+
+class FakeBackend(MadeUpBackend):
+    """Satisfies `Backend`; its engines are files of any content, and the stem of a file's name is the graph's role.
+
+    Attributes:
+        loaded: files, with the options, in the order of loading.
+        runners: by role; made anew by each load.
+        computes: by role, for loads to come.
+        weights: that stripped engines were loaded with, by the file's stem.
+    """
+
+    def __init__(self, computes: Mapping[str, Callable[[Buffers], None]]) -> None:
+        self.computes = dict(computes)
+        self.loaded: list[tuple[Path, RunnerOptions]] = []
+        self.runners: dict[str, FakeRunner] = {}
+        self.weights: dict[str, Path | None] = {}
+
     def build(
         self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
     ) -> Mapping[str, Any]:
         engine.write_bytes(graph.read_bytes())
-        return {}
-
-    def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
         return {}
 
     def load(

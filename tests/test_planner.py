@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from restyle_deploy.backends import BACKENDS
-from restyle_deploy.backends.base import RunnerOptions
+from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
@@ -24,12 +24,12 @@ from restyle_deploy.planner import (
     repeats_for,
     specs_of,
 )
-from restyle_deploy.tensors import TensorSpec
+from tests.fakes import MadeUpBackend
 
 TABLE_OF_TESTS = {family: FAMILIES[family].exported for family in FAMILIES} | {"upsampling": "depthwise"}
 
 
-class TimedBackend:
+class TimedBackend(MadeUpBackend):
     """Satisfies `Backend`; a graph does nothing and takes as long as its nodes' names say.
 
     Attributes:
@@ -39,32 +39,21 @@ class TimedBackend:
         open: runners not closed yet.
     """
 
-    ENGINE_SUFFIX = ".fake"
-    ENGINE_BATCH: int | None = None
-
     def __init__(self, delays: Mapping[str, float] | None = None) -> None:
         self.delays = {"": 0.0, **(delays or {})}
         self.built: list[str] = []
         self.ran = 0
         self.open = 0
 
-    def devices(self) -> tuple[str, ...]:
-        return ("cpu",)
-
-    def library_versions(self) -> Mapping[str, str]:
-        return {"fake": "1.0"}
-
-    def check_options(self, options: RunnerOptions) -> None:
-        pass
-
-    def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
         names = " ".join(node.name for node in onnx.load(graph, load_external_data=False).graph.node)
         self.built.append(names)
         engine.write_text(names, encoding="utf-8")
+        return {}
 
-    def load(
-        self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
-    ) -> "TimedRunner":
+    def load(self, file: Path, *rest: Any, weights: Path | None = None) -> "TimedRunner":
         names = file.read_text(encoding="utf-8")
         self.open += 1
         return TimedRunner(self, max(delay for rewrite, delay in self.delays.items() if f"/{rewrite}" in names))
@@ -228,10 +217,10 @@ def test_measuring_ends_with_its_time(generator: ir.Model) -> None:
 
 def test_runners_are_closed_after_an_error(generator: ir.Model) -> None:
     class Interrupted(TimedBackend):
-        def build(self, graph: Path, engine: Path, options: RunnerOptions) -> None:
+        def build(self, *arguments: Any) -> Mapping[str, Any]:
             if self.open == 2:
                 raise KeyboardInterrupt
-            super().build(graph, engine, options)
+            return super().build(*arguments)
 
     backend = Interrupted()
     with pytest.raises(KeyboardInterrupt):
@@ -243,8 +232,8 @@ def test_graph_that_runs_once_per_image_counts_by_step(encoder: ir.Model) -> Non
     (found,) = sites_of(encoder, "target")
 
     class SlowTarget(TimedBackend):
-        def load(self, file: Path, *rest: Any) -> TimedRunner:
-            super().load(file, *rest)
+        def load(self, file: Path, *rest: Any, weights: Path | None = None) -> TimedRunner:
+            super().load(file, *rest, weights=weights)
             names = file.read_text(encoding="utf-8")
             is_target = " " not in names  # one node
             return TimedRunner(self, 0.05 if is_target else 0.0)
