@@ -134,10 +134,12 @@ class TensorRtBackend:
             network = self._network(graph, Path(folder), options, request)
             plan = network.build()
             engine.write_bytes(memoryview(plan))
-            source, layers = "network", network.layers()
+            source, layers = "engine", network.built_layers()
             runs_here = self._targets(options, request.engine)[1] is None
-            if runs_here and not request.engine.stripped:
-                source, layers = "engine", layers_of_engine(self._trt, plan)
+            if not layers and runs_here and not request.engine.stripped:
+                layers = layers_of_engine(self._trt, plan)
+            if not layers:
+                source, layers = "network", network.layers()
         write_layers(engine, source, layers)
         return {"layers": len(layers), "layers_of": source, "seconds": round(time.perf_counter() - began, 1)}
 

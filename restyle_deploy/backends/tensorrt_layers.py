@@ -9,6 +9,11 @@ from restyle_deploy.backends.tensorrt_library import create_logger, describe_err
 from restyle_deploy.engines import LAYERS_SUFFIX
 from restyle_deploy.errors import BuildError
 
+_LOGGED_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>\w*), .*?, Outputs: \[(?P<outputs>.*)\], TacticName: "
+    r".*?Metadata: (?P<metadata>.*)"
+)
+_LOGGED_TENSOR = re.compile(r"Dimensions: \[([^\]]*)\].*?, Datatype: (\w+), Format: \(?(\w+)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -64,6 +69,26 @@ def describe_inspected(layer: Any) -> dict[str, Any]:
         "shapes": [output.get("Dimensions", []) for output in outputs],
         "model_layers": _model_layers(named),
     }
+
+
+def layers_of_log(text: str) -> list[dict[str, Any]]:
+    """Return the layers in the text that TensorRT for RTX logs of an engine while it builds it, one line each."""
+    layers = []
+    for line in text.splitlines():
+        found = _LOGGED_LAYER.match(line)
+        if found is not None:
+            outputs = _LOGGED_TENSOR.findall(found["outputs"])
+            layers.append(
+                {
+                    "name": found["name"],
+                    "type": found["type"],
+                    "precision": ", ".join(dict.fromkeys(dtype for _, dtype, _ in outputs)),
+                    "format": ", ".join(dict.fromkeys(name for _, _, name in outputs)),
+                    "shapes": [json.loads(f"[{shape}]") for shape, _, _ in outputs],
+                    "model_layers": _model_layers(_ONNX_LAYER.findall(found["metadata"])),
+                }
+            )
+    return layers
 
 
 def write_layers(engine: Path, source: str, layers: list[dict[str, Any]]) -> None:

@@ -13,6 +13,8 @@ DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # those that Tenso
 AMPERE = 80
 AMPERE_AND_NEWER = "sm_80+"
 _COMMON_OPTIONS = {"min_batch", "opt_batch", "max_batch", "workspace_bytes", "stripped", "no_plugins"}
+# How the message begins by which TensorRT for RTX tells the layers of an engine that it has built.
+LAYERS_HEADING = "Layers:"
 AMPERE_PRECISIONS = ("tf32", "bf16")
 
 
@@ -62,17 +64,20 @@ def batches_of(engine: EngineOptions) -> tuple[int, int, int]:
 
 
 def create_logger(trt: Any) -> Any:
-    """Return a TensorRT logger that hands messages on to `logging`, and keeps errors in its list `errors`.
+    """Return a TensorRT logger that hands messages on to `logging` and keeps what only the log tells.
 
-    TensorRT names no reason but in its log.
+    That is the errors, in its list `errors`, and in `engine_layers` the text on the last engine's layers, if any.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.engine_layers = ""
 
         def log(self, severity: Any, message: str) -> None:
+            if message.startswith(LAYERS_HEADING):
+                self.engine_layers = message
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING:

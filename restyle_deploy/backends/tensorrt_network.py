@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from restyle_deploy.backends.base import EngineOptions
-from restyle_deploy.backends.tensorrt_layers import describe_layer, node_of_layer
+from restyle_deploy.backends.tensorrt_layers import describe_layer, layers_of_log, node_of_layer
 from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
 from restyle_deploy.backends.tensorrt_plugins import prepare_graph
 from restyle_deploy.errors import BuildError
@@ -153,6 +153,10 @@ class Network:
         """Return the layers as parsed: no format is chosen yet, and none is fused."""
         layers = (self._network.get_layer(index) for index in range(self._network.num_layers))
         return [describe_layer(layer, self._nodes[layer.name]) for layer in layers]
+
+    def built_layers(self) -> list[dict[str, Any]]:
+        """Return the layers of the engine that was built, as the library has logged them; none if it did not."""
+        return layers_of_log(self._logger.engine_layers)
 
     def check(self) -> None:
         """Raise `BuildError` unless the library says that it can build the network."""

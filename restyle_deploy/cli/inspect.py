@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from restyle_deploy.bundle import Bundle, EngineRecord
     from restyle_deploy.tensors import TensorSpec
 
-_WIDTHS = (60, 18, 8, 0, 0)
+_WIDTHS = (60, 18, 8, 0, 16, 0)
 _LAYER_SOURCES = {
     "engine": "layers, as the engine runs them",
-    "network": "layers, as parsed: no device was there to tell how the engine fuses them, and in what formats",
+    "network": "layers, as parsed: the library did not tell how the engine fuses them, and in what formats",
 }
 
 
@@ -148,7 +148,7 @@ def read_layers(engine: "EngineRecord") -> dict[str, Any]:
 
 
 def _describe_layers(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return lines: a heading for each graph, and name, type, precision, format and shapes of each layer."""
+    """Return lines: a heading for each graph, and name, type, precision, format, shapes and model layers of each."""
     lines = []
     for engine, graphs in engines.items():
         if not graphs:
@@ -161,7 +161,9 @@ def _describe_layers(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _format_layer(layer: Mapping[str, Any]) -> str:
     shapes = " ".join("×".join(map(str, shape)) for shape in layer["shapes"])
-    columns = [layer["name"], layer["type"], layer["precision"], layer["format"] or "", shapes]
+    # A fused layer's own name does not say what it computes.
+    model_layers = [] if layer["name"].startswith(tuple(layer["model_layers"])) else layer["model_layers"]
+    columns = [layer["name"], layer["type"], layer["precision"], layer["format"] or "", shapes, ", ".join(model_layers)]
     return "  " + "  ".join(f"{column:<{width}}" for column, width in zip(columns, _WIDTHS, strict=True)).rstrip()
 
 

@@ -249,26 +249,39 @@ def test_exported_graphs_of_the_demo_become_engines(
     share = 0.5 if precision in ("fp16", "bf16") else 1.0
     assert engine.stat().st_size > LEAST_SHARE_OF_WEIGHTS * share * weight_bytes(source)
     content = layers_of(engine)
-    assert content["of"] == "network"
-    short = {"fp16": "HALF", "bf16": "BF16"}.get(precision)
-    convolutions = [layer for layer in content["layers"] if layer["type"] == "CONVOLUTION"]
+    assert content["of"] == "engine"
+    convolutions = [layer for layer in content["layers"] if layer["type"] in ("correlation", "deconv")]
     assert convolutions
-    if short:
-        assert short in {layer["precision"] for layer in convolutions}
-    else:
-        assert {layer["precision"] for layer in convolutions} == {"FLOAT"}
+    types = {layer["precision"] for layer in convolutions}
+    short = {"fp16": "Half", "bf16": "BFloat16"}.get(precision)
+    assert (short in types) if short else (types == {"Float"})
+    assert all(layer["format"] for layer in convolutions)
     assert {path.name for path in tmp_path.iterdir()} == {f"{graph}.engine", f"{graph}.layers.json"}
 
 
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("no_gpu")
+def test_every_layer_of_an_engine_says_what_it_computes(rtx: TensorRtBackend, demo: Bundle, tmp_path: Path) -> None:
+    """Also where several are fused to one."""
+    layers = layers_of(build(rtx, demo.graphs["generator"].path, tmp_path))["layers"]
+    named = {name for layer in layers for name in layer["model_layers"]}
+    expected = {f"decoder.convs.{index}.conv" for index in range(8)}
+    expected |= {f"decoder.to_rgbs.{index}.conv" for index in range(4)}
+    assert named > expected
+    nameless = [layer["type"] for layer in layers if not layer["model_layers"]]
+    assert len(nameless) < 0.05 * len(layers)
+    assert not {"correlation", "deconv", "gemm"} & set(nameless)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("no_gpu")
 def test_layers_are_named_after_the_model(rtx: TensorRtBackend, demo: Bundle, tmp_path: Path) -> None:
-    content = layers_of(build(rtx, demo.graphs["generator"].path, tmp_path))
-    computing = [layer for layer in content["layers"] if layer["type"] != "CONSTANT"]
+    layers = rtx._network(demo.graphs["generator"].path, tmp_path, OPTIONS, BuildRequest()).layers()
+    computing = [layer for layer in layers if layer["type"] != "CONSTANT"]
     names = [layer["name"] for layer in computing]
     assert len(set(names)) == len(names)
     modules = ("decoder", "model", "generator")
-    assert {layer["model_layers"][0].partition(".")[0] for layer in content["layers"]} <= set(modules)
+    assert {layer["model_layers"][0].partition(".")[0] for layer in layers} <= set(modules)
     assert all(layer["name"].startswith(layer["model_layers"][0]) for layer in computing)
     assert {"decoder.conv1", "decoder.convs.0"} <= {
         name for layer in computing if layer["type"] == "ACTIVATION" for name in layer["model_layers"]
@@ -411,7 +424,7 @@ def test_golden_models_become_engines(rtx: TensorRtBackend, shared_dir: Path, tm
         assert engine.build["verified"] is False
         for role in ("encoder", "generator"):
             content = layers_of(engine.graphs[role].path)
-            assert engine.build["graphs"][role]["layers"] == len(content["layers"]) > 100
+            assert engine.build["graphs"][role]["layers"] == len(content["layers"]) > 40
     engines = {engine.precision: engine for engine in read_bundle(tmp_path / "bundle").engines}
     sizes = {precision: engine.graphs["encoder"].path.stat().st_size for precision, engine in engines.items()}
     assert sizes["fp16"] < 0.6 * sizes["fp32"]

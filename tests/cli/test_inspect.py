@@ -140,6 +140,11 @@ def test_layers_are_listed(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
         *(LAYERS[0][name] for name in ("name", "type", "precision", "format")),
         "1×64×4×4",
     ]
+    fused = [{**LAYERS[0], "name": "fused_1", "model_layers": ["decoder.conv1", "decoder.convs.0"]}]
+    path.write_text(json.dumps({"of": "engine", "layers": fused}), encoding="utf-8")
+    (_, line) = run("inspect", bundle, "--layers").stdout.splitlines()
+    assert line.endswith("  decoder.conv1, decoder.convs.0")
+    path.write_text(json.dumps({"of": "engine", "layers": LAYERS}), encoding="utf-8")
     facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
     assert facts == {"onnxruntime-cpu-fp32": {"generator": {"of": "engine", "layers": LAYERS}}}
 
