@@ -15,7 +15,7 @@ from restyle_deploy.building import DEFAULT_SECONDS as DEFAULT_SECONDS
 from restyle_deploy.building import Building, BuiltGraphs
 from restyle_deploy.building import BuildOptions as BuildOptions
 from restyle_deploy.bundle import Bundle, EngineRecord, open_bundle, write_engine
-from restyle_deploy.engines import CACHE_SUFFIX, ENGINES, engine_directory
+from restyle_deploy.engines import CACHE_SUFFIX, ENGINES, Batches, batches_of_build, engine_directory
 from restyle_deploy.errors import BackendUnavailableError, VerificationError
 from restyle_deploy.files import (
     hold_lock,
@@ -56,7 +56,7 @@ def build_engine(
         built = Building(opened, backend, options, target=target, progress=progress).build(working)
         if target.refusal is None:
             progress("verifying")
-            _verify(opened, backend, built, options)
+            _verify(opened, backend, built, options=options, batches=batches_of_build(target.facts))
         record = _record_of(opened, backend, built, options=options, target=target)
         with hold_lock(opened.path), place_directory(built.directory, record.directory):
             write_engine(opened.path, record)
@@ -161,22 +161,24 @@ def _record_of(
     )
 
 
-def _verify(bundle: Bundle, backend: Backend, built: BuiltGraphs, options: BuildOptions) -> None:
+def _verify(bundle: Bundle, backend: Backend, built: BuiltGraphs, *, options: BuildOptions, batches: Batches) -> None:
     """Run the bundle's expectation on the engine; a preview has none, so that it only has to be finite."""
     exact = {role: graph for role, graph in built.graphs.items() if role != "preview"}
     description = {"precision": options.precision, "preview_steps": False}
     expectation = load_expectation(bundle.expectation)
-    with Session(bundle, load_graphs(backend, exact, options.runner, built.weights), description) as session:
+    graphs = load_graphs(backend, exact, options.runner, built.weights)
+    with Session(bundle, graphs, description, batches=batches) as session:
         check_parity(compare_with_expectation(session, expectation), f"the engine for {options.backend}")
     if "preview" in built.graphs:
-        _check_preview(backend, built, expectation.latents[0], options.runner)
+        latents = np.repeat(expectation.latents[0, :1], batches[0], axis=0)
+        _check_preview(backend, built, latents, options.runner)
 
 
 def _check_preview(backend: Backend, built: BuiltGraphs, latents: NDArray[np.float32], options: RunnerOptions) -> None:
-    """Raise `VerificationError` unless the preview of the first of [N, S, D] latents is finite."""
+    """Raise `VerificationError` unless the previews of [N, S, D] latents are finite."""
     preview = built.graphs["preview"]
     (latent,), (current,) = preview.inputs, preview.outputs
-    buffers = {latent.name: np.ascontiguousarray(latents[:1]), current.name: current.allocate(1)}
+    buffers = {latent.name: latents, current.name: current.allocate(len(latents))}
     runner = backend.load(preview.path, preview.inputs, preview.outputs, options, built.weights.get("preview"))
     try:
         runner.bind(buffers)()

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from restyle_deploy import __version__
 from restyle_deploy.backends import default_device
 from restyle_deploy.backends.base import (
     EXACT_PRECISION,
+    WITHOUT_PLUGINS,
     Backend,
     BuildRequest,
     BuildTarget,
@@ -66,6 +67,7 @@ class BuildOptions:
             threads=self.threads,
             precision=self.precision,
             host_code_allowed=self.engine.version_compatible,
+            plugin_route=WITHOUT_PLUGINS if self.engine.no_plugins else None,
         )
 
 
@@ -197,15 +199,24 @@ class Building:
             backend=self._backend,
             options=self._options.runner,
             clock=Clock(seconds=self._options.seconds / len(self._bundle.graphs)),  # no graph takes another's time
+            request=self._request,
+            epilogues=self._needs_epilogues,
             progress=lambda key: self._progress(f"measuring {key} ({self._clock.elapsed:.0f} s)"),
         )
         self._seconds += self._clock.elapsed - began
         write_times(self._bundle.path, self._conditions, self._known)
         return {site.key: self._known[site.key] for site in sites if site.key in self._known}
 
+    @property
+    def _request(self) -> BuildRequest:
+        return BuildRequest(engine=self._options.engine, cache=self._bundle.path / ENGINES)
+
+    @property
+    def _needs_epilogues(self) -> bool:
+        return needs_epilogues(self._options.precision, has_kernels=self._target.has_kernels)
+
     def _rewrite(self, name: str, model: ir.Model, choices: Choices) -> dict[str, ir.Model]:
-        epilogues = needs_epilogues(self._options.precision, has_kernels=self._target.has_kernels)
-        return graphs_by_role(name, model, self._bundle.config, choices=choices, epilogues=epilogues)
+        return graphs_by_role(name, model, self._bundle.config, choices=choices, epilogues=self._needs_epilogues)
 
     def _build(self, name: str, model: ir.Model, choices: Choices, directory: Path) -> dict[str, GraphRecord]:
         """Write the engine of a graph, and of the graphs that come with it: `target`, `preview`."""
@@ -215,11 +226,7 @@ class Building:
 
     def _write(self, role: str, model: ir.Model, directory: Path) -> GraphRecord:
         engine = directory / f"{role}{self._backend.ENGINE_SUFFIX}"
-        request = BuildRequest(
-            engine=self._options.engine,
-            cache=self._bundle.path / ENGINES,
-            progress=lambda text: self._progress(f"building the {role}: {text}"),
-        )
+        request = replace(self._request, progress=lambda text: self._progress(f"building the {role}: {text}"))
         folder = Path(tempfile.mkdtemp(dir=directory.parent))  # removed with the working directory at the latest
         graph = save_graph(model, role, folder, batch=self._backend.ENGINE_BATCH)
         facts = dict(self._backend.build(graph, engine, self._options.runner, request))
@@ -241,7 +248,13 @@ class Building:
             self._progress(f"comparing the {name} with the exported graph")
             began = self._clock.elapsed
             self._known[key] = measure_whole(
-                exported, built[name], built.get("target"), backend=self._backend, options=self._options.runner
+                exported,
+                built[name],
+                built.get("target"),
+                backend=self._backend,
+                options=self._options.runner,
+                request=self._request,
+                weights=self._weights,
             )
             self._seconds += self._clock.elapsed - began
             write_times(self._bundle.path, self._conditions, self._known)

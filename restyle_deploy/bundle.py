@@ -17,6 +17,7 @@ from restyle_deploy.engines import (
     engine_from_json,
     engines_from_json,
     key_of_record,
+    without_targets,
 )
 from restyle_deploy.engines import EngineRecord as EngineRecord  # a bundle's records are part of its module
 from restyle_deploy.engines import GraphRecord as GraphRecord
@@ -173,7 +174,7 @@ def check_engine(
     if engine.build.get("plugin_hash") not in (None, plugin_hash):
         differences.append("it holds the kernels of another release")
     if differences:
-        mend = how_to_build_again(bundle, engine)
+        mend = how_to_build_again(bundle, engine, is_for_here=engine.runs_on(processors))
         raise BundleError(f"{engine.directory}: the engine cannot be used: {'; '.join(differences)}; {mend}")
     check_engine_files(bundle, engine, roles=roles)
 
@@ -188,10 +189,17 @@ def check_engine_files(bundle: Bundle, engine: EngineRecord, *, roles: Collectio
     check_hashes(expected, since="build", mend=how_to_build_again(bundle, engine))
 
 
-def how_to_build_again(bundle: Bundle, engine: EngineRecord) -> str:
-    """Return what to do about an engine that cannot be used, for messages: the command has all its options."""
+def how_to_build_again(bundle: Bundle, engine: EngineRecord, *, is_for_here: bool = True) -> str:
+    """Return what to do about an engine that cannot be used, for messages.
+
+    The command has all its options; of an engine that is not for here, none that says what it is for.
+    """
     backend, device, precision = engine.key
-    others = [*(["--tune"] if engine.plan["origin"] == "tuned" else []), *engine.build.get("options", ())]
+    options = engine.build.get("options", ())
+    others = [
+        *(["--tune"] if engine.plan["origin"] == "tuned" else []),
+        *(options if is_for_here else without_targets(options)),
+    ]
     return _build_again(build_command(bundle.path, backend=backend, device=device, precision=precision, others=others))
 
 

@@ -9,6 +9,7 @@ from importlib import metadata
 
 from restyle_deploy import __version__
 from restyle_deploy.backends import BACKENDS, load_backend
+from restyle_deploy.backends.base import Backend, RunnerOptions
 from restyle_deploy.errors import BackendUnavailableError
 
 Packages = Mapping[str, tuple[int, ...]]
@@ -147,9 +148,17 @@ def _examine_backend(name: str) -> BackendState:
         problem = f"installed, but cannot be imported: {error}"
         return BackendState(name=name, devices=(), problem=problem, remedy=None)
     devices = backend.devices()
-    return BackendState(
-        name=name, devices=devices, problem=None if devices else "installed, but no device can run it here", remedy=None
-    )
+    problem = None if devices else f"installed, but {_reason_for_no_device(name, backend)}"
+    return BackendState(name=name, devices=devices, problem=problem, remedy=None)
+
+
+def _reason_for_no_device(name: str, backend: Backend) -> str:
+    """Return what a backend says of the device that it would take."""
+    try:
+        backend.check_options(RunnerOptions(device=BACKENDS[name].device))
+    except BackendUnavailableError as error:
+        return str(error)
+    return "no device can run it here"
 
 
 def _examine_job(

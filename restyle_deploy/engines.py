@@ -27,6 +27,12 @@ CACHE_SUFFIX = ".cache"
 # Between the processors that an engine was built for, where they are several.
 _ALTERNATIVE = " or "
 
+# Images of one run: the fewest, and the most; None for any number.
+Batches = tuple[int, int | None]
+ANY_BATCH: Batches = (1, None)
+# Options that name processors: an engine that does not run on this one is built again without them.
+_TARGET_OPTIONS = {"--compute-capability": 1, "--hardware-compatible": 0}  # and how many values each has
+
 Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 
@@ -78,6 +84,11 @@ class EngineRecord:
         """Backend, device and precision."""
         return self.backend, self.device, self.precision
 
+    @property
+    def batches(self) -> Batches:
+        """See `batches_of_build`."""
+        return batches_of_build(self.build)
+
     def runs_on(self, processors: Collection[str]) -> bool:
         """Whether it was built for one of these processors."""
         return self.processor in processors or not set(processors).isdisjoint(self.processor.split(_ALTERNATIVE))
@@ -120,6 +131,33 @@ class DamagedEngine:
     name: str
     key: tuple[str, str, str] | None
     reason: str
+
+
+def batches_of_build(build: Mapping[str, Any]) -> Batches:
+    """Return the fewest and the most images of one run, by what a backend states of an engine.
+
+    Raises:
+        KeyError, TypeError, ValueError: it states them in another way.
+    """
+    if "profile" not in build:
+        return ANY_BATCH
+    profile = typed(build, "profile", dict)
+    least, most = typed(profile, "min", int), typed(profile, "max", int)
+    if not 1 <= least <= most:
+        raise ValueError(f"the profile is {least} to {most}, expected 1 <= min <= max")
+    return least, most
+
+
+def without_targets(arguments: Iterable[str]) -> list[str]:
+    """Return the options of a build, as a command line has them, less those that name processors."""
+    kept, skipped = [], 0
+    for argument in arguments:
+        if argument in _TARGET_OPTIONS:
+            skipped = 1 + _TARGET_OPTIONS[argument]
+        if not skipped:
+            kept.append(argument)
+        skipped = max(0, skipped - 1)
+    return kept
 
 
 def join_processors(processors: Collection[str]) -> str:
@@ -192,6 +230,8 @@ def engine_from_json(bundle: Path, record: Mapping[str, Any], config: ModelConfi
     if batch is not None and (type(batch) is not int or batch != 1):
         raise ValueError(f"the batch of {stated} is {batch!r}, expected 1 or null")
     graphs = {role: _graph_from_json(directory, graph, files) for role, graph in typed(record, "graphs", dict).items()}
+    build = build_from_json(record)
+    batches_of_build(build)
     _check_borders({role: (graph.inputs, graph.outputs) for role, graph in graphs.items()}, config, batch)
     return EngineRecord(
         backend=typed(record, "backend", str),
@@ -205,7 +245,7 @@ def engine_from_json(bundle: Path, record: Mapping[str, Any], config: ModelConfi
         sources=texts_from_json(record, "sources"),
         batch=batch,
         plan=plan_from_json(record),
-        build=build_from_json(record),
+        build=build,
     )
 
 

@@ -3,18 +3,20 @@
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
-from restyle_deploy.backends.base import EXACT_PRECISION, Backend, Runner, RunnerOptions
+from restyle_deploy.backends.base import DEFAULT_REQUEST, EXACT_PRECISION, Backend, BuildRequest, Runner, RunnerOptions
 from restyle_deploy.engines import GraphRecord
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
+from restyle_deploy.graph.rewrites.fuse_epilogue import find_epilogue, fuse_epilogue
 from restyle_deploy.graph.rewrites.target_features import target_graph
 from restyle_deploy.graph.rewrites.tidy import tidy
 from restyle_deploy.latency import measure_interleaved
@@ -30,6 +32,8 @@ DROPPED_ABOVE = 2.0
 LEAST_GAIN = 0.03
 # Steps over which the target's graph, run once per image, is spread: upstream's default.
 STEPS = 5
+
+NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ def measure_sites(
     backend: Backend,
     options: RunnerOptions,
     clock: Clock,
+    request: BuildRequest = DEFAULT_REQUEST,
+    epilogues: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
     """Time all choices of each kind of site, each as a small graph cut out of the exported one.
@@ -98,9 +104,12 @@ def measure_sites(
         backend: builds and runs the small graphs.
         options: how they run.
         clock: when it is over, the sites not begun are left out.
+        request: how they are built.
+        epilogues: whether what follows a convolution becomes one node, see `apply_choices`; such a filter is measured
+            with what follows it, as one kernel may compute both.
         progress: told the kind of site that is being measured.
     Returns:
-        Medians in milliseconds at batch 1, by key and choice.
+        Medians in milliseconds at the smallest batch, by key and choice.
     Raises:
         BuildError: the backend refuses a graph.
     """
@@ -112,31 +121,47 @@ def measure_sites(
         if clock.is_over:
             break
         progress(key)
-        times[key] = _measure_site(model, group[0], backend, options)
+        site = _with_epilogue(model, group[0]) if epilogues else group[0]
+        times[key] = _measure_site(model, site, backend=backend, options=options, request=request, epilogues=epilogues)
     return times
 
 
 def measure_whole(
-    exported: GraphRecord, planned: GraphRecord, target: GraphRecord | None, *, backend: Backend, options: RunnerOptions
+    exported: GraphRecord,
+    planned: GraphRecord,
+    target: GraphRecord | None,
+    *,
+    backend: Backend,
+    options: RunnerOptions,
+    request: BuildRequest = DEFAULT_REQUEST,
+    weights: Mapping[str, Path] = NO_WEIGHTS,
 ) -> dict[str, float]:
     """Time a whole graph as exported and as planned.
 
     Args:
-        exported: the bundle's graph.
+        exported: the bundle's graph; an engine is built from it, as it would be without the plan.
         planned: the engine's.
         target: what the plan computes once per image instead, if it does.
         backend, options: how they run.
+        request: how the engine was built.
+        weights: what stripped engines were built from, by the stem of the engine's file.
     Returns:
-        Milliseconds of a step with one image, by `exported` and `planned`.
+        Milliseconds of a step with the smallest batch, by `exported` and `planned`.
     """
-    records = {"exported": exported, "planned": planned, "target": target}
-    with ExitStack() as loaded:
-        runs = {}
-        for key, record in records.items():
+    with (
+        tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
+        ExitStack() as loaded,
+    ):
+        model = ir.load(exported.path)
+        runner, run = _load(model, Path(folder), "exported", backend=backend, options=options, request=request)
+        loaded.callback(runner.close)
+        runs = {"exported": run}
+        for key, record in {"planned": planned, "target": target}.items():
             if record is not None:
-                runner = backend.load(record.path, record.inputs, record.outputs, options)
+                file = record.path
+                runner = backend.load(file, record.inputs, record.outputs, options, weights.get(file.stem))
                 loaded.callback(runner.close)
-                runs[key] = bind_random(runner, record.inputs, record.outputs)
+                runs[key] = bind_random(runner, record.inputs, record.outputs, batch=_batch_of(request))
         first = measure_interleaved(runs, warmup=1, repeats=1)
         repeats = repeats_for(min(first[key].median_ms for key in ("exported", "planned")))
         latencies = measure_interleaved(runs, warmup=0, repeats=repeats)
@@ -147,17 +172,22 @@ def measure_whole(
     return {"exported": exported_ms, "planned": exported_ms * float(np.median(planned_ms / samples["exported"]))}
 
 
-def _measure_site(model: ir.Model, site: Site, backend: Backend, options: RunnerOptions) -> dict[str, float]:
+def _measure_site(
+    model: ir.Model, site: Site, *, backend: Backend, options: RunnerOptions, request: BuildRequest, epilogues: bool
+) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
         runs: dict[str, Callable[[], None]] = {}
         extra_runs: dict[str, Callable[[], None]] = {}
         runners: list[Runner] = []
         try:
             for choice in FAMILIES[site.family].choices_for(options.precision):
-                part, extra = _candidate(model, site, choice)
+                part, extra = _candidate(model, site, choice, epilogues=epilogues)
                 for graph, target in ((part, runs), (extra, extra_runs)):
                     if graph is not None:
-                        runner, run = _load(graph, Path(folder), f"{len(runners)}", backend, options)
+                        stem = f"{len(runners)}"
+                        runner, run = _load(
+                            graph, Path(folder), stem, backend=backend, options=options, request=request
+                        )
                         runners.append(runner)
                         target[choice] = run
             first = measure_interleaved(runs, warmup=0, repeats=1)
@@ -176,7 +206,18 @@ def _measure_site(model: ir.Model, site: Site, backend: Backend, options: Runner
     return times
 
 
-def _candidate(model: ir.Model, site: Site, choice: str) -> tuple[ir.Model, ir.Model | None]:
+def _with_epilogue(model: ir.Model, site: Site) -> Site:
+    """Return a site that ends with what follows its filter; another site as it is."""
+    found = find_epilogue(model, site.outputs[0]) if site.family == "upsampling" else None
+    if found is None:
+        return site
+    factors, result = found
+    return replace(site, inputs=(*site.inputs, *factors), outputs=(result,))
+
+
+def _candidate(
+    model: ir.Model, site: Site, choice: str, *, epilogues: bool = False
+) -> tuple[ir.Model, ir.Model | None]:
     """Cut a site out and rewrite it: (graph, graph that runs once per image)."""
     part = _extract(model, site)
     extra = None
@@ -184,6 +225,8 @@ def _candidate(model: ir.Model, site: Site, choice: str) -> tuple[ir.Model, ir.M
     if rewrite is not None:
         extra = target_graph(part) if site.family == "target" else None
         rewrite(part, layers=[site.layer])
+    if epilogues:
+        fuse_epilogue(part)
     return tidy(part), extra
 
 
@@ -194,16 +237,20 @@ def _extract(model: ir.Model, site: Site) -> ir.Model:
 
 
 def _load(
-    model: ir.Model, folder: Path, stem: str, backend: Backend, options: RunnerOptions
+    model: ir.Model, folder: Path, stem: str, *, backend: Backend, options: RunnerOptions, request: BuildRequest
 ) -> tuple[Runner, Callable[[], None]]:
-    """Build and load a graph, and bind random inputs of batch 1."""
+    """Build and load a graph, and bind random inputs of the smallest batch."""
     path, engine = folder / f"{stem}.graph.onnx", folder / f"{stem}{backend.ENGINE_SUFFIX}"
     fix_batch(model, backend.ENGINE_BATCH)
     ir.save(model, path, external_data=f"{stem}.data")
-    backend.build(path, engine, options)
+    backend.build(path, engine, options, request)
     inputs, outputs = specs_of(model)
-    runner = backend.load(engine, inputs, outputs, options)
-    return runner, bind_random(runner, inputs, outputs)
+    runner = backend.load(engine, inputs, outputs, options, path if request.engine.stripped else None)
+    return runner, bind_random(runner, inputs, outputs, batch=_batch_of(request))
+
+
+def _batch_of(request: BuildRequest) -> int:
+    return request.engine.min_batch or 1
 
 
 def repeats_for(run_ms: float) -> int:
@@ -211,9 +258,11 @@ def repeats_for(run_ms: float) -> int:
     return min(MOST_REPEATS, max(LEAST_REPEATS, int(MEASURED_MS / run_ms)))
 
 
-def bind_random(runner: Runner, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Callable[[], None]:
-    """Bind random inputs of batch 1, normally distributed, the same for the same specs."""
-    buffers = {spec.name: spec.allocate(1) for spec in inputs + outputs}
+def bind_random(
+    runner: Runner, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, batch: int = 1
+) -> Callable[[], None]:
+    """Bind random inputs, normally distributed, the same for the same specs and batch."""
+    buffers = {spec.name: spec.allocate(batch) for spec in inputs + outputs}
     random = np.random.default_rng(0)
     for spec in inputs:
         random.standard_normal(out=buffers[spec.name], dtype=np.float32)

@@ -1,9 +1,13 @@
 """Fixtures for all tests."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.backends.host_driver.stand_in import HostDriver
 
 # A busy machine makes any single example slow.
 settings.register_profile("without deadline", deadline=None)
@@ -43,3 +47,13 @@ def toy_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("bundle") / "toy"
     export_checkpoint(toy_checkpoint, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def host_driver(pytestconfig: pytest.Config) -> "HostDriver":
+    """A stand-in for the CUDA driver, under which the real cuda-core runs scripts without a GPU."""
+    from tests.backends.host_driver.stand_in import build_host_driver  # needs g++
+
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    assert pytestconfig.cache is not None
+    return build_host_driver(pytestconfig.cache.mkdir("host_driver"))

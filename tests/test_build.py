@@ -27,6 +27,7 @@ from restyle_deploy.backends.base import (
 )
 from restyle_deploy.build import BuildOptions, build_engine, describe_build
 from restyle_deploy.bundle import EngineRecord, open_bundle, read_bundle
+from restyle_deploy.engines import Batches, batches_of_build
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, find_sites
@@ -51,6 +52,7 @@ class SpyBackend:
         target: as `check_build` returns it.
         facts: as `build` and `check_graph` return them.
         requests: of the builds of engines.
+        loaded: how graphs were loaded.
         checked: stems of the graphs that `check_graph` was asked about.
         before_build: called with an engine's path before it is built.
         delay: the seconds by which a run of a graph takes longer, by the names of its nodes.
@@ -58,13 +60,14 @@ class SpyBackend:
 
     ENGINE_SUFFIX = ".onnx"
     ENGINE_BATCH: int | None = None
-    ENGINE_OPTIONS = frozenset({"max_batch", "stripped"})
+    ENGINE_OPTIONS = frozenset({"max_batch", "stripped", "no_plugins"})
 
     def __init__(self) -> None:
         self._backend: Backend = load_backend("onnxruntime")
         self.target = self._backend.check_build(RunnerOptions(), EngineOptions())
         self.facts: dict[str, Any] = {}
         self.requests: list[BuildRequest] = []
+        self.loaded: list[RunnerOptions] = []
         self.checked: list[str] = []
         self.built: list[str] = []
         self.versions = dict(self._backend.library_versions())
@@ -122,16 +125,20 @@ class SpyBackend:
             assert weights is not None
             assert weights.is_file()
         names = self._names.get(file) or _node_names(file)
-        return SpyRunner(self._backend.load(file, inputs, outputs, options), self.delay(names))
+        self.loaded.append(options)
+        batches = batches_of_build(self.target.facts)
+        return SpyRunner(self._backend.load(file, inputs, outputs, options), self.delay(names), batches)
 
 
 class SpyRunner:
-    """Satisfies `Runner`."""
+    """Satisfies `Runner`; takes no other batches than it was built for."""
 
-    def __init__(self, runner: Any, seconds: float) -> None:
-        self._runner, self._seconds = runner, seconds
+    def __init__(self, runner: Any, seconds: float, batches: Batches) -> None:
+        self._runner, self._seconds, self._batches = runner, seconds, batches
 
     def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        (least, most), sizes = self._batches, {len(array) for array in buffers.values()}
+        assert all(least <= size <= (most or size) for size in sizes)
         run = self._runner.bind(buffers)
 
         def run_slowly() -> None:
@@ -600,6 +607,53 @@ def test_engine_options_reach_the_backend_and_the_record(bundle: Path, spy: SpyB
     assert {request.engine.max_batch for request in spy.requests} == {4}
     assert {request.cache for request in spy.requests} == {bundle / "engines"}
     assert engine.build == {"verified": True, "reason": None, "options": ["--max-batch", "4"]}
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (3, 8), (2, 2)])
+def test_engine_is_verified_and_runs_in_the_batches_that_it_takes(
+    bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch, least: int, most: int
+) -> None:
+    """The expectation has two images, and a preview is checked with one."""
+    spy.target = replace(spy.target, facts={"profile": {"min": least, "opt": least, "max": most}})
+    engine = build_engine(bundle, options())
+    assert engine.build["verified"] is True
+    assert "preview" in engine.graphs
+    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    with Session.open(bundle) as session:
+        found = session.invert(images, steps=2)
+    with Session.open(bundle, plain=True) as session:
+        small = session.invert(images, steps=2, max_batch=2)
+    for result in (found, small):
+        np.testing.assert_allclose(result.latents, _inverted_plainly(bundle, images), atol=1e-4)
+
+
+def _inverted_plainly(bundle: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "load_backend", load_backend)
+        with Session.open(bundle, plain=True) as session:
+            return session.invert(images, steps=2).latents
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_tuning_measures_what_is_built(bundle: Path, spy: SpyBackend, stripped: bool) -> None:
+    """In the batches that the engine takes, and with its options; a stripped one has its weights put back."""
+    facts = {"profile": {"min": 3, "opt": 3, "max": 8}, "weights": "stripped" if stripped else "full"}
+    spy.target = replace(spy.target, facts={**facts, "plugin_hash": None})
+    engine_options = EngineOptions(min_batch=3, stripped=stripped)
+    _prepare_times(bundle, spy)
+    engine = tune(bundle, engine=engine_options)
+    assert engine.plan["origin"] == "tuned"
+    assert {"whole encoder", "whole generator"} <= set(engine.plan["measurements"])
+    assert {request.engine for request in spy.requests} == {engine_options}
+
+
+@pytest.mark.parametrize(("no_plugins", "route"), [(False, None), (True, "functions")])
+def test_graphs_without_plugins_are_loaded_as_they_were_built(
+    bundle: Path, spy: SpyBackend, no_plugins: bool, route: str | None
+) -> None:
+    build_engine(bundle, options(engine=EngineOptions(no_plugins=no_plugins)))
+    assert {loaded.plugin_route for loaded in spy.loaded} == {route}
 
 
 def test_arguments_are_those_of_the_command_line() -> None:

@@ -159,6 +159,42 @@ def test_refusal_names_all_options_of_the_build(bundle: Path, changes: dict[str,
         check_engine(read_bundle(bundle), engine, library_versions=engine.library_versions, processors=("Abacus",))
 
 
+TARGETED = ["--max-batch", "4", "--compute-capability", "8.9", "--compute-capability", "12.0", "--stripped"]
+
+
+@pytest.mark.parametrize(
+    ("options", "mended"),
+    [
+        (TARGETED, " --max-batch 4 --stripped"),
+        (["--hardware-compatible", "--no-plugins"], " --no-plugins"),
+        (["--no-plugins", "--hardware-compatible"], " --no-plugins"),
+    ],
+    ids=["named", "first", "last"],
+)
+def test_engine_for_other_processors_is_built_again_for_this_one(bundle: Path, options: list[str], mended: str) -> None:
+    """What it was for is no part of the command, unless something else is wrong with it."""
+    engine = add_engine(bundle, processor="sm_89", build={"verified": True, "reason": None, "options": options})
+    versions = {"processors": ("sm_86",), "library_versions": engine.library_versions}
+    expected = re.escape(
+        f"this is sm_86; build it again: restyle-deploy build {bundle} --backend onnxruntime --tune{mended}, or"
+    )
+    with pytest.raises(BundleError, match=expected):
+        check_engine(read_bundle(bundle), engine, **versions)  # type: ignore[arg-type]
+    older = {"processors": ("sm_89",), "library_versions": {"onnxruntime": "0.9"}}
+    with pytest.raises(BundleError, match=re.escape(f"--tune {' '.join(options)}, or")):
+        check_engine(read_bundle(bundle), engine, **older)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("facts", "batches"),
+    [({}, (1, None)), ({"profile": {"min": 2, "opt": 4, "max": 6}}, (2, 6))],
+    ids=["any", "profile"],
+)
+def test_batches_are_those_of_the_profile(bundle: Path, facts: dict[str, Any], batches: tuple[int, int | None]) -> None:
+    add_engine(bundle, build={"verified": True, "reason": None, **facts})
+    assert read_bundle(bundle).engines[0].batches == batches
+
+
 # Checked
 
 
@@ -337,6 +373,11 @@ WRONG_VALUES = {
     "not verified without a reason": in_engine("build", "verified", to=False),
     "options": in_engine("build", to={"verified": True, "reason": None, "options": "--max-batch 4"}),
     "option": in_engine("build", to={"verified": True, "reason": None, "options": [4]}),
+    "profile": in_engine("build", "profile", to=[1, 1, 8]),
+    "profile without min": in_engine("build", "profile", to={"max": 8}),
+    "profile of texts": in_engine("build", "profile", to={"min": "1", "max": "8"}),
+    "profile out of order": in_engine("build", "profile", to={"min": 4, "max": 2}),
+    "profile for nothing": in_engine("build", "profile", to={"min": 0, "max": 2}),
 }
 
 

@@ -1,5 +1,7 @@
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +11,15 @@ import torch
 from click.testing import CliRunner
 
 import restyle_deploy.build
+import restyle_deploy.verify
 from restyle_deploy import gpu_checks
 from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.gpu_checks import Gpu, run_gpu_checks
 from restyle_deploy.ops import compiler
 from restyle_deploy.ops.kernels.launches import INSTANTIATIONS
+from restyle_deploy.verify import Parity
+from tests.backends.host_driver.stand_in import HostDriver
 
 DEMO = Path("engines/demo-faces")
 GPU = Gpu(name="Toy GPU", arch="sm_90", driver="13.0")
@@ -36,13 +41,36 @@ def compiled_with(*, spill_bytes: int) -> Callable[..., Any]:
     return compile_kernels
 
 
-def build_with(facts: dict[str, Any], built: list[Any]) -> Callable[..., Any]:
-    def build_engine(bundle: Path, options: Any) -> Any:
-        assert (bundle / "manifest.json").is_file()
-        built.append((options.backend, options.device, options.precision, bundle))
-        return SimpleNamespace(build=facts)
+@dataclass
+class Build:
+    """What `build_engine` and `verify_bundle` do, and which engines they were asked for."""
 
-    return build_engine
+    facts: dict[str, Any]
+    error: Exception | None = None
+    latent_error: float = 1e-6
+    built: list[tuple[Any, Path]] = field(default_factory=list)
+
+    def build_engine(self, bundle: Path, options: Any) -> Any:
+        assert (bundle / "manifest.json").is_file()
+        self.built.append((options, bundle))
+        if self.error is not None and options.precision == "fp16":
+            raise self.error
+        return SimpleNamespace(build=self.facts)
+
+    def verify_bundle(self, bundle: Path, **options: Any) -> Parity:
+        assert bundle == self.built[-1][1]
+        return Parity(latent_errors=(self.latent_error,), image_errors=(0.0,), precision=options["precision"])
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Let engines be built and verified by the returned object, whatever the library."""
+    made = Build(facts={"verified": True, "plugin_route": "aot"})
+    monkeypatch.setattr(gpu_checks, "load_backend", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(restyle_deploy.build, "build_engine", made.build_engine)
+    monkeypatch.setattr(restyle_deploy.verify, "verify_bundle", made.verify_bundle)
+    return made
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +83,16 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_finding_a_gpu_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
-    with pytest.raises(BackendUnavailableError, match=r"restyle-deploy\[cuda\]"):
+    monkeypatch.setattr(gpu_checks, "find_devices", lambda: ((), "there is no NVIDIA driver"))
+    with pytest.raises(BackendUnavailableError, match="no NVIDIA GPU can be used here: there is no NVIDIA driver"):
         run_gpu_checks(None)
+
+
+def test_the_first_gpu_is_found(host_driver: HostDriver) -> None:
+    """By the real cuda-core, on a stand-in for the driver."""
+    script = "from restyle_deploy import gpu_checks; print(gpu_checks._find_gpu())"
+    output = host_driver.run(script).output
+    assert re.fullmatch(r"Gpu\(name='Host stand-in', arch='sm_89', driver='\d+\.\d+'\)\n", output)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -67,19 +102,20 @@ def test_what_lacks_something_is_not_run_and_the_rest_goes_on(monkeypatch: pytes
     report = run_gpu_checks(None, progress=names.append)
     assert names == list(report.outcomes)
     count = sum(len(expressions) for expressions in INSTANTIATIONS.values())
-    assert report.outcomes["kernels compile"].detail == f"{count} instantiations, none spills"
+    assert report.outcomes["kernels compile"].detail == f"{count} instantiations, none with spilled registers"
     assert report.outcomes["kernels compile"].status == "passed"
     assert report.outcomes["kernels agree with torch"].status == "not run"
     assert "sees no GPU" in report.outcomes["kernels agree with torch"].detail
-    assert report.outcomes["tensorrt fp16"].detail == "no bundle was named"
+    assert report.outcomes["tensorrt-rtx"].detail == "no bundle was named"
     assert report.is_sound
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_spill_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spills_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost speed, and depend on the compiler."""
     monkeypatch.setattr(compiler, "compile_kernels", compiled_with(spill_bytes=8))
     outcome = run_gpu_checks(None).outcomes["kernels compile"]
-    assert (outcome.status, "spill registers on sm_90" in outcome.detail) == ("failed", True)
+    assert re.fullmatch(r"(\d+) instantiations, \1 with spilled registers", outcome.detail)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -99,28 +135,44 @@ def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch, is_wro
 
 
 @pytest.mark.usefixtures("gpu")
-def test_engines_are_built_from_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = DEMO
-    built: list[Any] = []
-    monkeypatch.setattr(gpu_checks, "load_backend", lambda name: None)
-    facts = {"verified": True, "plugin_route": "aot"}
-    monkeypatch.setattr(restyle_deploy.build, "build_engine", build_with(facts, built))
-    report = run_gpu_checks(bundle)
-    assert [one[:3] for one in built] == [
-        (backend, "cuda:0", precision) for backend in ("tensorrt", "tensorrt-rtx") for precision in ("fp32", "fp16")
-    ]
-    assert all(one[3] != bundle and not one[3].exists() for one in built)
-    assert report.outcomes["tensorrt fp32"].detail == "built and verified, kernels: aot"
+def test_engines_are_built_from_a_copy_and_opened_again(build: Build) -> None:
+    report = run_gpu_checks(DEMO)
+    asked = [(options.backend, options.precision, options.engine.given) for options, _ in build.built]
+    each = [(precision, engine.given) for precision, engine in gpu_checks.ENGINES.values()]
+    assert asked == [(backend, *one) for backend in ("tensorrt", "tensorrt-rtx") for one in each]
+    assert all(path != DEMO and not path.exists() for _, path in build.built)
+    assert {options.device for options, _ in build.built} == {"cuda:0"}
+    detail = report.outcomes["tensorrt"].detail
+    assert detail.startswith("fp32 passed: kernels: aot, latents within 1.0e-06; ")
+    assert report.is_sound
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_that_is_not_verified_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "load_backend", lambda name: None)
-    facts = {"verified": False, "reason": "toy"}
-    monkeypatch.setattr(restyle_deploy.build, "build_engine", build_with(facts, []))
-    report = run_gpu_checks(DEMO)
-    assert report.outcomes["tensorrt fp32"].detail == "built, not verified: toy"
-    assert not report.is_sound
+def test_an_engine_that_is_not_verified_fails(build: Build) -> None:
+    build.facts = {"verified": False, "reason": "toy"}
+    outcome = run_gpu_checks(DEMO).outcomes["tensorrt"]
+    assert (outcome.status, "fp16 failed: built, not verified: toy" in outcome.detail) == ("failed", True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_engine_that_is_wrong_when_opened_again_fails(build: Build) -> None:
+    build.latent_error = 1.0
+    assert "the engine, opened again: differs" in run_gpu_checks(DEMO).outcomes["tensorrt"].detail
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_this_gpu_lacks_is_not_a_failure(build: Build) -> None:
+    build.error = BackendUnavailableError("no fp16 here")
+    outcome = run_gpu_checks(DEMO).outcomes["tensorrt"]
+    assert (outcome.status, "fp16 stripped not run: no fp16 here" in outcome.detail) == ("passed", True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_library_that_cannot_build_for_this_gpu_is_not_run(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.error = BackendUnavailableError("not for sm_90")
+    monkeypatch.setattr(gpu_checks, "ENGINES", {"fp16": gpu_checks.ENGINES["fp16"]})
+    outcome = run_gpu_checks(DEMO).outcomes["tensorrt-rtx"]
+    assert (outcome.status, outcome.detail) == ("not run", "fp16 not run: not for sm_90")
 
 
 @pytest.mark.usefixtures("gpu")
@@ -153,7 +205,10 @@ def test_command_prints_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_command_exits_with_1_where_a_check_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "compile_kernels", compiled_with(spill_bytes=8))
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise BuildError("toy refuses")
+
+    monkeypatch.setattr(compiler, "compile_kernels", fail)
     assert CliRunner().invoke(doctor, ["--gpu"]).exit_code == 1
 
 

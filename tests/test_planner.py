@@ -1,6 +1,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from restyle_deploy.backends import BACKENDS
-from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, RunnerOptions
+from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
@@ -21,6 +22,7 @@ from restyle_deploy.planner import (
     Clock,
     choose,
     measure_sites,
+    measure_whole,
     repeats_for,
     specs_of,
 )
@@ -74,6 +76,46 @@ class TimedRunner:
 
     def close(self) -> None:
         self._backend.open -= 1
+
+
+class WatchedBackend(TimedBackend):
+    """Writes down what it is asked for.
+
+    Attributes:
+        operators: of the graphs that were built, in order.
+        requests: of the builds.
+        weights: what was given with each engine that was loaded, by stem.
+        batches: of the arrays that were bound.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[list[str]] = []
+        self.requests: list[BuildRequest] = []
+        self.weights: dict[str, Path | None] = {}
+        self.batches: set[int] = set()
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
+        nodes = onnx.load(graph, load_external_data=False).graph.node
+        self.operators.append([node.op_type for node in nodes])
+        self.requests.append(request)
+        return super().build(graph, engine, options, request)
+
+    def load(self, file: Path, *rest: Any, weights: Path | None = None) -> "TimedRunner":
+        given = weights or (rest[3] if len(rest) > 3 else None)
+        assert given is None or given.is_file()
+        self.weights[file.stem] = given
+        runner = super().load(file)
+        bind = runner.bind
+
+        def watch(buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+            self.batches.update(len(buffer) for buffer in buffers.values())
+            return bind(buffers)
+
+        runner.bind = watch  # type: ignore[method-assign]
+        return runner
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +188,9 @@ def test_sites_of_one_kind_get_one_choice() -> None:
 
 @pytest.mark.parametrize("fastest", FAMILIES["upsampling"].choices)
 def test_fastest_rewrite_wins(generator: ir.Model, fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restyle_deploy.planner._candidate", lambda model, site, choice: (_named_graph(choice), None))
+    monkeypatch.setattr(
+        "restyle_deploy.planner._candidate", lambda model, site, choice, **_: (_named_graph(choice), None)
+    )
     delays = {choice: 0.004 for choice in FAMILIES["upsampling"].choices} | {fastest: 0.0}
     backend = TimedBackend(delays)
     sites = sites_of(generator, "upsampling")
@@ -156,7 +200,9 @@ def test_fastest_rewrite_wins(generator: ir.Model, fastest: str, monkeypatch: py
 
 
 def test_slow_choices_are_dropped_early(generator: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restyle_deploy.planner._candidate", lambda model, site, choice: (_named_graph(choice), None))
+    monkeypatch.setattr(
+        "restyle_deploy.planner._candidate", lambda model, site, choice, **_: (_named_graph(choice), None)
+    )
     ran: dict[str, int] = dict.fromkeys(FAMILIES["upsampling"].choices, 0)
     backend = TimedBackend({**dict.fromkeys(ran, 0.002), "merged": 0.05})
     (times,) = measure(generator, sites_of(generator, "upsampling")[:1], backend).values()
@@ -225,6 +271,61 @@ def test_runners_are_closed_after_an_error(generator: ir.Model) -> None:
     backend = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         measure(generator, sites_of(generator, "upsampling"), backend)
+    assert backend.open == 0
+
+
+def test_filter_is_measured_with_what_one_kernel_computes_with_it(generator: ir.Model) -> None:
+    sites, backend = sites_of(generator, "upsampling")[:1], WatchedBackend()
+    clock = Clock(seconds=1e9)
+    measure_sites(generator, sites, backend=backend, options=RunnerOptions(), clock=clock, epilogues=True)
+    node, *others = backend.operators
+    assert node == ["ConvTranspose", "UpFirDn2dEpilogue"]
+    assert [operators[-1] for operators in others] == ["BiasActEpilogue"] * (len(FAMILIES["upsampling"].rewrites))
+
+
+def test_filter_is_measured_alone_where_no_kernel_of_ours_is(generator: ir.Model) -> None:
+    backend = WatchedBackend()
+    measure(generator, sites_of(generator, "upsampling")[:1], backend)
+    assert backend.operators[0] == ["ConvTranspose", "UpFirDn2d"]
+
+
+STRIPPED = BuildRequest(engine=EngineOptions(stripped=True, min_batch=3))
+
+
+def test_sites_are_built_as_the_engine_is(generator: ir.Model) -> None:
+    sites, backend = sites_of(generator, "skip")[:1], WatchedBackend()
+    clock = Clock(seconds=1e9)
+    measure_sites(generator, sites, backend=backend, options=RunnerOptions(), clock=clock, request=STRIPPED)
+    assert backend.requests == [STRIPPED] * len(FAMILIES["skip"].choices)
+    assert None not in backend.weights.values()
+    assert backend.batches == {3}
+
+
+def test_exported_graph_is_built_as_the_planned_one_was(bundle: Bundle, tmp_path: Path) -> None:
+    exported, backend = bundle.graphs["encoder"], WatchedBackend()
+    weights = {role: tmp_path / f"{role}.weights" for role in ("encoder", "target", "generator")}
+    records = {}
+    for role, file in weights.items():
+        file.touch()
+        records[role] = replace(exported, path=tmp_path / f"{role}.engine")
+        records[role].path.write_text("/node", encoding="utf-8")
+    options = RunnerOptions()
+    times = measure_whole(
+        exported,
+        records["encoder"],
+        records["target"],
+        backend=backend,
+        options=options,
+        request=STRIPPED,
+        weights=weights,
+    )
+    assert set(times) == {"exported", "planned"}
+    assert backend.requests == [STRIPPED]
+    own = backend.weights.pop("exported")
+    assert own is not None
+    assert own.suffix == ".onnx"
+    assert backend.weights == {role: weights[role] for role in ("encoder", "target")}
+    assert backend.batches == {3}
     assert backend.open == 0
 
 

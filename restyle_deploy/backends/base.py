@@ -14,6 +14,8 @@ from restyle_deploy.tensors import TensorSpec
 EXACT_PRECISION = "fp32"
 # Computed in another one, results differ by more than rounding.
 PRECISIONS = (EXACT_PRECISION, "tf32", "fp16", "bf16")
+# The plugin route of an engine that has none of our kernels.
+WITHOUT_PLUGINS = "functions"
 # Names of `EngineOptions` on a command line.
 OPTION_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -40,12 +42,14 @@ class RunnerOptions:
         threads: CPU threads of one run; None leaves the choice to the library.
         precision: one of `PRECISIONS`, in which the library computes; inputs and outputs are float32 in any case.
         host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
+        plugin_route: how our kernels are in the engine, by its record; None: as the backend would put them into one.
     """
 
     device: str = "cpu"
     threads: int | None = None
     precision: str = EXACT_PRECISION
     host_code_allowed: bool = False
+    plugin_route: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ and finishes on the device when an engine is loaded; what that took is kept besi
 """
 
 import importlib
+import logging
 import re
 import tempfile
 import time
@@ -14,28 +15,34 @@ from typing import Any
 
 from restyle_deploy.backends.base import (
     DEFAULT_REQUEST,
-    PRECISIONS,
+    WITHOUT_PLUGINS,
     BuildRequest,
     BuildTarget,
     EngineOptions,
     RunnerOptions,
     refuse_engine_options,
 )
-from restyle_deploy.backends.tensorrt_device import find_devices, find_processor
+from restyle_deploy.backends.tensorrt_device import find_devices, find_name, find_processor, set_current
 from restyle_deploy.backends.tensorrt_library import (
     AMPERE,
     AMPERE_AND_NEWER,
-    AMPERE_PRECISIONS,
     DEFAULT_COMPUTE_CAPABILITIES,
     TENSORRT,
     TENSORRT_RTX,
     Library,
     batches_of,
+    check_precision,
+    check_processor,
     describe_library,
+    list_targets,
+    named_processors,
+    number_of,
 )
 from restyle_deploy.engines import join_processors
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.tensors import TensorSpec
+
+LOGGER = logging.getLogger(__name__)
 
 
 def tensorrt() -> "TensorRtBackend":
@@ -69,19 +76,19 @@ class TensorRtBackend:
 
     def check_options(self, options: RunnerOptions) -> None:
         """Raise `BackendUnavailableError` unless there is such a GPU, and it has the precision."""
-        self._check_precision(options.precision)
+        check_precision(self._library, options.precision)
         devices, reason = find_devices()
         if options.device not in devices:
             available = ", ".join(devices) or f"none ({reason})"
             raise BackendUnavailableError(
                 f"backend {self._library.backend}: device {options.device!r} cannot run here; available: {available}"
             )
-        self._check_processor(options.precision, find_processor(options.device))
+        check_processor(self._library, options.precision, find_processor(options.device))
 
     def processors(self, device: str) -> tuple[str, ...]:
         """Return the GPU's compute capability, "sm_89" style, and the name of a range that has it."""
         processor = find_processor(device)
-        in_range = not self._library.builds_anywhere and _number_of(processor) >= AMPERE
+        in_range = not self._library.builds_anywhere and number_of(processor) >= AMPERE
         return (processor, AMPERE_AND_NEWER) if in_range else (processor,)
 
     def plugin_hash(self) -> str | None:
@@ -92,7 +99,8 @@ class TensorRtBackend:
         """Find out what engines of these options are for; see `Backend.check_build`.
 
         Raises:
-            BackendUnavailableError: see there; TensorRT for RTX needs no device, but strips weights on one only.
+            BackendUnavailableError: see there; TensorRT for RTX needs no device, but strips weights on one only, and
+                a GPU that it cannot build for needs others to be named.
             ValueError: batches that are not in order.
         """
         refuse_engine_options(self._library.backend, engine, self.ENGINE_OPTIONS)
@@ -102,7 +110,7 @@ class TensorRtBackend:
         return BuildTarget(
             processor=join_processors(processors),
             refusal=refusal,
-            has_kernels=route != "functions",
+            has_kernels=route != WITHOUT_PLUGINS,
             facts={
                 "plugin_route": route,
                 "plugin_hash": plugin_hash,
@@ -137,7 +145,10 @@ class TensorRtBackend:
             source, layers = "engine", network.built_layers()
             runs_here = self._targets(options, request.engine)[1] is None
             if not layers and runs_here and not request.engine.stripped:
-                layers = layers_of_engine(self._trt, plan)
+                try:
+                    layers = layers_of_engine(self._trt, plan, host_code_allowed=request.engine.version_compatible)
+                except BuildError as error:  # the layers are for people: they cost no engine
+                    LOGGER.warning("%s: its layers are listed as they were parsed: %s", engine.name, error)
             if not layers:
                 source, layers = "network", network.layers()
         write_layers(engine, source, layers)
@@ -155,7 +166,7 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_runner import TensorRtRunner, load_engine
 
         self.check_options(options)
-        if self._kernels(is_wanted=True)[0] == "jit":
+        if (options.plugin_route or self._kernels(is_wanted=True)[0]) == "jit":
             _plugins().register_plugins(self._trt)
         with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
             typed = None
@@ -174,12 +185,12 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_network import Network, NetworkOptions
 
         processors, _ = self._targets(options, request.engine)
+        if options.device in find_devices()[0]:
+            set_current(options.device)
         timing_cache = None
         if request.cache is not None and not self._library.builds_anywhere:
-            version = self._trt.__version__
-            timing_cache = (
-                request.cache / f"timing-{self._library.module}-{version}-{find_processor(options.device)}.cache"
-            )
+            gpu = re.sub(r"[^A-Za-z0-9]+", "-", find_name(options.device)).strip("-")
+            timing_cache = request.cache / f"timing-{self._library.module}-{self._trt.__version__}-{gpu}.cache"
         network_options = NetworkOptions(
             batches=batches_of(request.engine),
             engine=request.engine,
@@ -193,18 +204,19 @@ class TensorRtBackend:
     def _typed_graph(self, graph: Path, folder: Path, options: RunnerOptions, engine: EngineOptions) -> Path:
         from restyle_deploy.backends.tensorrt_network import write_typed_graph
 
-        route = self._kernels(is_wanted=not engine.no_plugins)[0]
-        if route != "functions":
+        route = options.plugin_route or self._kernels(is_wanted=not engine.no_plugins)[0]
+        if route != WITHOUT_PLUGINS:
             _plugins().register_plugins(self._trt)
         arch = None
-        if route != "functions":
+        if route != WITHOUT_PLUGINS:
             arch = f"sm_{AMPERE}" if engine.hardware_compatible else find_processor(options.device)
-        return write_typed_graph(graph, folder, precision=options.precision, route=route, arch=arch)
+        most = batches_of(engine)[2]
+        return write_typed_graph(graph, folder, precision=options.precision, route=route, arch=arch, max_batch=most)
 
     def _kernels(self, *, is_wanted: bool) -> tuple[str, str | None]:
         """Return how our kernels come into engines, and their hash; "functions" and None where they do not."""
-        route = _plugins().choose_route(self._trt)[0] if is_wanted else "functions"
-        if route == "functions":
+        route = _plugins().choose_route(self._trt)[0] if is_wanted else WITHOUT_PLUGINS
+        if route == WITHOUT_PLUGINS:
             return route, None
         from restyle_deploy.ops.compiler import kernel_source_hash
 
@@ -215,24 +227,42 @@ class TensorRtBackend:
         if not self._library.builds_anywhere:
             self.check_options(options)
             here = find_processor(options.device)
-            if engine.hardware_compatible and _number_of(here) < AMPERE:
+            if engine.hardware_compatible and number_of(here) < AMPERE:
                 raise BackendUnavailableError(
                     f"backend tensorrt: --hardware-compatible needs sm_{AMPERE}, this is {here}"
                 )
             return ((AMPERE_AND_NEWER,) if engine.hardware_compatible else (here,)), None
-        self._check_precision(options.precision)
-        processors = self._named_processors(engine.compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES)
+        check_precision(self._library, options.precision)
+        self._check_device_of_target(options.device)
+        processors = self._named_processors(options.device, engine)
         for processor in processors:
-            self._check_processor(options.precision, processor)
+            check_processor(self._library, options.precision, processor)
         return processors, self._refusal(options, engine, processors)
+
+    def _check_device_of_target(self, device: str) -> None:
+        """Raise `BackendUnavailableError` unless there is such a GPU or, where there is none, may be."""
+        devices, _ = find_devices()
+        if re.fullmatch(r"cuda:\d+", device) is None or (devices and device not in devices):
+            raise BackendUnavailableError(
+                f"backend {self._library.backend}: device {device!r} cannot run here; "
+                f"available: {', '.join(devices) or 'none, but engines can be built for cuda:0'}"
+            )
+
+    def _named_processors(self, device: str, engine: EngineOptions) -> tuple[str, ...]:
+        """Return what engines are to be for: what is asked for, else the GPU, else the usual ones."""
+        if engine.compute_capabilities or not find_devices()[0]:
+            capabilities = engine.compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES
+            return named_processors(self._library, self._trt, capabilities)
+        here, targets = find_processor(device), list_targets(self._trt)
+        if here not in targets.values():
+            raise BackendUnavailableError(
+                f"backend {self._library.backend}: {describe_library(self._trt)} cannot build for this GPU, {here}; "
+                f"for others it can: --compute-capability with {', '.join(targets)}"
+            )
+        return (here,)
 
     def _refusal(self, options: RunnerOptions, engine: EngineOptions, processors: tuple[str, ...]) -> str | None:
         devices, reason = find_devices()
-        if re.fullmatch(r"cuda:\d+", options.device) is None or (devices and options.device not in devices):
-            raise BackendUnavailableError(
-                f"backend {self._library.backend}: device {options.device!r} cannot run here; "
-                f"available: {', '.join(devices) or 'none, but engines can be built for cuda:0'}"
-            )
         if not devices and engine.stripped:
             raise BackendUnavailableError(
                 f"backend {self._library.backend}: --stripped needs a GPU to build on, which compiles how weights are "
@@ -242,35 +272,6 @@ class TensorRtBackend:
             return f"no GPU can run the engine here: {reason}"
         here = find_processor(options.device)
         return None if here in processors else f"the engine is for {join_processors(processors)}, this GPU is {here}"
-
-    def _named_processors(self, capabilities: tuple[str, ...]) -> tuple[str, ...]:
-        known = [name for name in self._trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
-        numbers = {f"{name[2:-1]}.{name[-1]}": name[2:] for name in known}
-        unknown = [capability for capability in capabilities if capability not in numbers]
-        if unknown:
-            raise BackendUnavailableError(
-                f"backend {self._library.backend}: it cannot build for compute capability {', '.join(unknown)}; "
-                f"it can for {', '.join(numbers)}"
-            )
-        return tuple(f"sm_{numbers[capability]}" for capability in dict.fromkeys(capabilities))
-
-    def _check_precision(self, precision: str) -> None:
-        if precision not in PRECISIONS:
-            raise BackendUnavailableError(
-                f"backend {self._library.backend}: precision {precision} cannot run here: "
-                f"known are {', '.join(PRECISIONS)}"
-            )
-
-    def _check_processor(self, precision: str, processor: str) -> None:
-        if precision in AMPERE_PRECISIONS and _number_of(processor) < AMPERE:
-            raise BackendUnavailableError(
-                f"backend {self._library.backend}: precision {precision} cannot run here: "
-                f"{processor} has no such instructions, sm_{AMPERE} and newer have"
-            )
-
-
-def _number_of(processor: str) -> int:
-    return int(processor.removeprefix("sm_"))
 
 
 def _plugins() -> Any:

@@ -23,6 +23,20 @@ def find_processor(device: str) -> str:
     return f"sm_{Device(index_of(device)).arch}"
 
 
+def find_name(device: str) -> str:
+    """Return the name of one of the devices, such as "NVIDIA L4"."""
+    from cuda.core import Device
+
+    return str(Device(index_of(device)).name)
+
+
+def set_current(device: str) -> None:
+    """Make one of the devices the calling thread's: what TensorRT creates, measures and loads there is for that one."""
+    from cuda.core import Device
+
+    Device(index_of(device)).set_current()
+
+
 def index_of(device: str) -> int:
     """Return the number in `cuda:0`."""
     return int(device.partition(":")[2])

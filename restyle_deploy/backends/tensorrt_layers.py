@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,46 @@ def describe_layer(layer: Any, node: str) -> dict[str, Any]:
     }
 
 
-def layers_of_engine(trt: Any, plan: Any) -> list[dict[str, Any]]:
+def layers_of_engine(trt: Any, plan: Any, *, host_code_allowed: bool) -> list[dict[str, Any]]:
     """Return the layers of a serialised engine, as the library's inspector tells them; needs the GPU.
 
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        plan: the serialised engine, a buffer.
+        host_code_allowed: see `RunnerOptions`.
     Raises:
-        BuildError: the library does not take the engine.
+        BuildError: the library does not take the engine, or tells the layers in a way that is not known.
     """
     logger = create_logger(trt)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = host_code_allowed
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError(f"{describe_library(trt)} refuses the engine that it built: {describe_errors(logger.errors)}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return [describe_inspected(layer) for layer in json.loads(text)["Layers"]]
+    try:
+        return [describe_inspected(layer) for layer in json.loads(text)["Layers"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BuildError(
+            f"{describe_library(trt)} tells the layers in another way: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe_inspected(layer: Any) -> dict[str, Any]:
-    """Return what the inspector says of a layer: an object, or the name alone where it knows no more."""
+    """Return what the inspector says of a layer: an object, or the name alone where it knows no more.
+
+    TensorRT 10 tells format and type in one text, which it has only for sizes that are fixed; TensorRT 11 in two.
+    """
     if isinstance(layer, str):
         layer = {"Name": layer}
     outputs = layer.get("Outputs", [])
-    formats = [str(output.get("Format/Datatype", output.get("Format", ""))) for output in outputs]
+    pairs = [_format_and_type(output) for output in outputs]
     named = _ONNX_LAYER.findall(layer.get("Metadata", ""))
     return {
         "name": layer["Name"],
         "type": layer.get("LayerType", ""),
-        "precision": ", ".join(dict.fromkeys(_precision_of(text) for text in formats)),
-        "format": ", ".join(dict.fromkeys(formats)),
+        "precision": ", ".join(dict.fromkeys(dtype for _, dtype in pairs)),
+        "format": ", ".join(dict.fromkeys(name for name, _ in pairs)),
         "shapes": [output.get("Dimensions", []) for output in outputs],
         "model_layers": _model_layers(named),
     }
@@ -97,7 +112,14 @@ def write_layers(engine: Path, source: str, layers: list[dict[str, Any]]) -> Non
     path.write_text(json.dumps({"of": source, "layers": layers}, indent=1) + "\n", encoding="utf-8")
 
 
-def _precision_of(text: str) -> str:
+def _format_and_type(output: Mapping[str, Any]) -> tuple[str, str]:
+    """Return format and type of an output that the inspector describes."""
+    values = {key.lower(): str(value) for key, value in output.items()}
+    both = values.get("format/datatype", values.get("format", ""))
+    return both, values.get("datatype", _type_in(both))
+
+
+def _type_in(text: str) -> str:
     """Return the type in a text such as "Channel major FP16 format where channel % 8 == 0", or the whole of another."""
     found = re.search(r"FP32|TF32|FP16|BF16|Float|Half|BFloat16|Int32|Int64|Bool|INT8|FP8", text)
     return found.group(0) if found else text

@@ -1,14 +1,17 @@
 """How the two TensorRT libraries differ, and what building and running need of their Python modules."""
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from restyle_deploy.backends.base import EngineOptions
+from restyle_deploy.backends.base import PRECISIONS, EngineOptions
+from restyle_deploy.errors import BackendUnavailableError
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_BATCHES = (1, 1, 8)
-DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # those that TensorRT for RTX builds for by default
+# Those that TensorRT for RTX builds for where it is told none and there is no GPU.
+DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 # From this compute capability on there are bfloat16 and TF32, and TensorRT's hardware compatibility.
 AMPERE = 80
 AMPERE_AND_NEWER = "sm_80+"
@@ -63,6 +66,50 @@ def batches_of(engine: EngineOptions) -> tuple[int, int, int]:
     return least, best, most
 
 
+def check_precision(library: Library, precision: str) -> None:
+    """Raise `BackendUnavailableError` unless there is such a precision."""
+    if precision not in PRECISIONS:
+        raise BackendUnavailableError(
+            f"backend {library.backend}: precision {precision} cannot run here: known are {', '.join(PRECISIONS)}"
+        )
+
+
+def check_processor(library: Library, precision: str, processor: str) -> None:
+    """Raise `BackendUnavailableError` unless a processor, "sm_89" style, has a precision."""
+    if precision in AMPERE_PRECISIONS and number_of(processor) < AMPERE:
+        raise BackendUnavailableError(
+            f"backend {library.backend}: precision {precision} cannot run here: "
+            f"{processor} has no such instructions, sm_{AMPERE} and newer have"
+        )
+
+
+def number_of(processor: str) -> int:
+    """Return the number in `sm_89`."""
+    return int(processor.removeprefix("sm_"))
+
+
+def list_targets(trt: Any) -> dict[str, str]:
+    """Return what the library builds for: the processor, "sm_89" style, by its compute capability, such as "8.9"."""
+    names = [name for name in trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
+    return {f"{name[2:-1]}.{name[-1]}": f"sm_{name[2:]}" for name in names}
+
+
+def named_processors(library: Library, trt: Any, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+    """Return processors by their compute capabilities, each once.
+
+    Raises:
+        BackendUnavailableError: the library builds for none such.
+    """
+    targets = list_targets(trt)
+    unknown = [capability for capability in capabilities if capability not in targets]
+    if unknown:
+        raise BackendUnavailableError(
+            f"backend {library.backend}: it cannot build for compute capability {', '.join(unknown)}; "
+            f"it can for {', '.join(targets)}"
+        )
+    return tuple(targets[capability] for capability in dict.fromkeys(capabilities))
+
+
 def create_logger(trt: Any) -> Any:
     """Return a TensorRT logger that hands messages on to `logging` and keeps what only the log tells.
 
@@ -80,6 +127,7 @@ def create_logger(trt: Any) -> Any:
                 self.engine_layers = message
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
+                LOGGER.info("error: %s", message)  # what it leads to is raised, or told by a warning
             elif severity == trt.ILogger.Severity.WARNING:
                 LOGGER.info("%s", message)
             else:

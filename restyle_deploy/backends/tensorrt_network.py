@@ -1,5 +1,6 @@
 """An ONNX file -> a typed TensorRT network -> a serialised engine. Only building needs this file, and onnx_ir."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,17 +10,21 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from restyle_deploy.backends.base import EngineOptions
+from restyle_deploy.backends.base import WITHOUT_PLUGINS, EngineOptions
 from restyle_deploy.backends.tensorrt_layers import describe_layer, layers_of_log, node_of_layer
 from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
 from restyle_deploy.backends.tensorrt_plugins import prepare_graph
 from restyle_deploy.errors import BuildError
 from restyle_deploy.files import replace_when_complete
 from restyle_deploy.graph.precision import set_precision
+from restyle_deploy.ops.kernels.launches import GRID_LIMITS
+from restyle_deploy.ops.onnx_functions import DOMAIN
 
+LOGGER = logging.getLogger(__name__)
 # A phase of the builder is told at its beginning and after each such share of its steps.
 _TOLD_SHARE = 0.25
 _LEAST_TOLD_STEPS = 20
+MAX_PLANES = GRID_LIMITS[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,9 @@ class NetworkOptions:
     timing_cache: Path | None
 
 
-def write_typed_graph(graph: Path, folder: Path, *, precision: str, route: str, arch: str | None) -> Path:
+def write_typed_graph(
+    graph: Path, folder: Path, *, precision: str, route: str, arch: str | None, max_batch: int
+) -> Path:
     """Write a graph as TensorRT takes it: typed, our operators as plugins or as their bodies' nodes, all named.
 
     Args:
@@ -50,8 +57,9 @@ def write_typed_graph(graph: Path, folder: Path, *, precision: str, route: str, 
         precision: one of `base.PRECISIONS`.
         route: see `tensorrt_plugins.register_plugins`.
         arch: that plugins' kernels are compiled for, "sm_89" style; None without plugins.
+        max_batch: the most images of one run.
     Raises:
-        BuildError: it is no ONNX file.
+        BuildError: it is no ONNX file, or so many images are too many for a plugin.
     """
     try:
         model = ir.load(graph)
@@ -59,12 +67,24 @@ def write_typed_graph(graph: Path, folder: Path, *, precision: str, route: str, 
         raise BuildError(f"TensorRT refuses {graph.name}: it is no ONNX file") from error
     if not model.graph.outputs:
         raise BuildError(f"TensorRT refuses {graph.name}: it is no ONNX file, as it has no output")
+    if route != WITHOUT_PLUGINS:
+        check_planes(model, max_batch)
     set_precision(model, precision)
     prepare_graph(model, route, arch=arch)  # type: ignore[arg-type]
     inline_functions(model)
     path = folder / f"{graph.stem}.typed.onnx"
     ir.save(model, path, external_data=f"{graph.stem}.typed.data")
     return path
+
+
+def check_planes(model: ir.Model, max_batch: int) -> None:
+    """Raise `BuildError` if a run has more feature maps than our filter's kernel can take, one block each."""
+    most = max((node.attributes["channels"].as_int() for node in model.graph if _is_filter(node)), default=1)
+    if most * max_batch > MAX_PLANES:
+        raise BuildError(
+            f"{max_batch} images of {most} channels are {most * max_batch} feature maps, and our kernels take no more "
+            f"than {MAX_PLANES} in one run; use --max-batch {MAX_PLANES // most} or less, or --no-plugins"
+        )
 
 
 def inline_functions(model: ir.Model) -> ir.Model:
@@ -167,8 +187,8 @@ class Network:
         """Return the serialised engine, a buffer; raise `BuildError` if the library refuses the network."""
         with self._timing_cache():
             plan = self._builder.build_serialized_network(self._network, self._config)
-        if plan is None:
-            raise self._refusal(self._logger.errors)
+            if plan is None:
+                raise self._refusal(self._logger.errors)
         return plan
 
     def _configure(self) -> Any:
@@ -211,13 +231,23 @@ class Network:
             yield
             return
         cache = self._config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        self._config.set_timing_cache(cache, ignore_mismatch=False)
+        if cache is None or not self._config.set_timing_cache(cache, ignore_mismatch=False):
+            LOGGER.info("%s: of another GPU, driver or version; it is made anew", path)
+            self._logger.errors.clear()  # else a refusal would give this for its reason
+            cache = self._config.create_timing_cache(b"")
+            self._config.set_timing_cache(cache, ignore_mismatch=False)
         yield
-        with replace_when_complete(path) as temporary:
-            temporary.write_bytes(memoryview(self._config.get_timing_cache().serialize()))
+        measured = self._config.get_timing_cache()
+        if measured is not None:
+            with replace_when_complete(path) as temporary:
+                temporary.write_bytes(memoryview(measured.serialize()))
 
     def _refusal(self, errors: list[str]) -> BuildError:
         return BuildError(f"{describe_library(self._trt)} refuses {self._name}: {describe_errors(errors)}")
+
+
+def _is_filter(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and "channels" in node.attributes
 
 
 def _describe_error(error: Any) -> str:

@@ -4,7 +4,6 @@ An engine that holds them needs this module to be registered before it is loaded
 machine: the first run of a shape's kernel compiles it, or takes it from the cache.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,10 +18,9 @@ from restyle_deploy.backends.tensorrt_plugins import (
     TYPED_LIKE_X,
     VERSION,
     Operation,
-    device_arch,
     tensor_type,
 )
-from restyle_deploy.ops.compiler import compile_kernels
+from restyle_deploy.ops.launching import enqueue
 
 
 class KernelPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc, unused-ignore]
@@ -102,20 +100,15 @@ class KernelPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, t
         Raises:
             TypeError: x has a type that the kernels do not take.
             ValueError: no kernel for these sizes.
+            BackendUnavailableError, BuildError: as `launching.enqueue`.
         """
-        from cuda.core import Device, LaunchConfig, Stream
-        from cuda.core import launch as launch_kernel
-
         image = input_desc[0]
         chosen = self.operation.launch(
             tuple(image.dims),
             dtype=tensor_type(image.type).dtype,
             channels_last=image.format != trt.TensorFormat.LINEAR,
         )
-        kernel = load_kernel(chosen.kernel, chosen.expression, Device().device_id)
-        scalars = (np.int32(scalar) for scalar in chosen.scalars)
-        config = LaunchConfig(grid=chosen.grid, block=chosen.block)
-        launch_kernel(Stream.from_handle(stream), config, kernel, *inputs, *scalars, *outputs)
+        enqueue(chosen, inputs, outputs[0], stream=stream)
 
 
 class KernelPluginCreator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]
@@ -145,19 +138,6 @@ def register() -> None:
     for op_type in INPUTS:
         if registry.get_creator(op_type, VERSION, NAMESPACE) is None:
             registry.register_creator(KernelPluginCreator(op_type), NAMESPACE)
-
-
-@functools.cache
-def load_kernel(kernel: str, expression: str, device_index: int) -> Any:
-    """Return a `cuda.core.Kernel` for a device, which is the current one.
-
-    Raises:
-        BuildError: the compiler refuses it.
-    """
-    from cuda.core import ObjectCode
-
-    compiled = compile_kernels(kernel, [expression], arch=device_arch())
-    return ObjectCode.from_cubin(compiled.code).get_kernel(compiled.names[expression])
 
 
 def _is_unpadded_channels_last(described: Any) -> bool:

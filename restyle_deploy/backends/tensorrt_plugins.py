@@ -2,9 +2,10 @@
 
 Routes, best first:
 
-    aot         TensorRT ≥ 10.9: the kernel's PTX lies in the engine, which then needs neither Python nor a library.
-    jit         TensorRT ≥ 10.1: a Python `IPluginV3` launches the kernel; `register_plugins` also before loading.
-    functions   TensorRT for RTX, older versions: no plugins; the operators' function bodies are built.
+    aot         TensorRT ≥ 10.9, and a driver that takes the PTX of this machine's compiler: it lies in the engine,
+                which then needs neither Python nor a library.
+    jit         else: a Python `IPluginV3` launches the kernel; `register_plugins` also before loading.
+    functions   TensorRT for RTX: no plugins; the operators' function bodies are built.
 
 A plugin has the name and the inputs of an epilogue operator (`ops.onnx_functions`), and one attribute, `parameters`:
 int32 values, so that nothing depends on how the ONNX parser orders and types attributes.
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from restyle_deploy.ops.compiler import check_available
+from restyle_deploy.ops.cuda_versions import ptx_refusal
 from restyle_deploy.ops.kernels.launches import (
     Epilogue,
     Factor,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 PluginRoute: TypeAlias = Literal["aot", "jit", "functions"]
 
 NAMESPACE = DOMAIN
-VERSION = "1"
+VERSION = "1"  # of the plugins, and of what `Operation.to_parameters` means: an engine finds no plugin of another one
 PARAMETERS = "parameters"
 # Names of the inputs, in the order of the kernels' pointers.
 FACTOR_INPUTS = ("demod", "noise", "bias", "next_scale")
@@ -159,35 +161,38 @@ def tensor_type(data_type: Any) -> TensorType:
 
 
 def choose_route(trt: Any) -> tuple[PluginRoute, str]:
-    """Return the best route that a TensorRT module offers, and the reason.
+    """Return the best route that a TensorRT module offers on this machine, and the reason.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
+        trt: the module `tensorrt`, at least 10.1, or `tensorrt_rtx`.
     """
     version = f"{trt.__name__} {trt.__version__}"
     if trt.__name__ != "tensorrt":
         return "functions", f"{version} takes no Python plugins"
-    if hasattr(trt, "QuickPluginCreationRequest"):
-        return "aot", f"{version} embeds kernels in the engine"
-    if hasattr(trt, "IPluginV3") and _version_of(trt) >= (10, 1):
+    if not hasattr(trt, "QuickPluginCreationRequest"):
         return "jit", f"{version} cannot embed kernels in the engine (since 10.9): Python launches them"
-    return "functions", f"{version} has no IPluginV3 that its ONNX parser takes (since 10.1)"
+    refusal = ptx_refusal()
+    if refusal:
+        return "jit", f"{refusal}, which {version} would embed in the engine: Python launches the kernels"
+    return "aot", f"{version} embeds kernels in the engine"
 
 
-def register_plugins(trt: Any) -> PluginRoute:
-    """Make our plugins known to TensorRT, by the best route it offers; safe to call again.
+def register_plugins(trt: Any, route: PluginRoute | None = None) -> PluginRoute:
+    """Make our plugins known to TensorRT; safe to call again.
 
     Needed before a graph is parsed and, for the route "jit", before an engine is loaded.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
+        route: that an engine was built by; None: the best one, whose reason is logged, see `choose_route`.
     Returns:
-        The route, for `prepare_graph`; the reason is logged, see `choose_route`.
+        The route, for `prepare_graph`.
     Raises:
-        BackendUnavailableError: the compiler of the kernels is not installed.
+        BackendUnavailableError: the compiler of the kernels is not installed, or the driver is too old for it.
     """
-    route, reason = choose_route(trt)
-    _logger.info("plugin route %s: %s", route, reason)
+    if route is None:
+        route, reason = choose_route(trt)
+        _logger.info("plugin route %s: %s", route, reason)
     if route == "functions":
         return route
     check_available()
@@ -203,18 +208,6 @@ def register_plugins(trt: Any) -> PluginRoute:
     return route
 
 
-def device_arch() -> str:
-    """Return the architecture of the current GPU, "sm_89" style.
-
-    Raises:
-        BackendUnavailableError: the compiler of the kernels is not installed.
-    """
-    check_available()
-    from cuda.core import Device
-
-    return f"sm_{Device().arch}"
-
-
 def prepare_graph(model: "ir.Model", route: PluginRoute, *, arch: str | None = None) -> "ir.Model":
     """Replace our operators by our plugins, in place; the route "functions" leaves the graph alone.
 
@@ -223,16 +216,16 @@ def prepare_graph(model: "ir.Model", route: PluginRoute, *, arch: str | None = N
     Args:
         model: our operators are at its top level; types of all their inputs are known.
         route: what `register_plugins` returned.
-        arch: the architecture that embedded kernels are compiled for; they run on it and on later ones. None: that of
-            the current GPU.
+        arch: the architecture that embedded kernels are compiled for; they run on it and on later ones. Not read for
+            the route "functions".
     Raises:
-        BackendUnavailableError: no `arch` is given and the compiler of the kernels is not installed.
         BuildError: the type of an operator's input is not known, or none that the kernels take.
     """
     if route != "functions":
+        assert arch is not None
         from restyle_deploy.backends.tensorrt_plugin_graph import bind_plugins  # onnx_ir is there for builds alone
 
-        bind_plugins(model, arch=arch or device_arch(), is_aot=route == "aot")
+        bind_plugins(model, arch=arch, is_aot=route == "aot")
     return model
 
 
@@ -245,8 +238,3 @@ def _filtering_of(sizes: Sequence[int]) -> Filtering:
         filter_size=(rows, columns),
         is_separable=bool(is_separable),
     )
-
-
-def _version_of(trt: Any) -> tuple[int, ...]:
-    major, minor, *_ = trt.__version__.split(".")
-    return int(major), int(minor)

@@ -24,7 +24,7 @@ class LoadedEngine:
     def __init__(self, trt: Any, logger: Any, runtime: Any, engine: Any) -> None:
         self.trt, self.logger, self.runtime, self.engine = trt, logger, runtime, engine
 
-    def max_batch(self, name: str) -> tuple[int, int]:
+    def batches(self, name: str) -> tuple[int, int]:
         """Return the fewest and the most images of one run, by the profile of an input."""
         least, _, most = self.engine.get_tensor_profile_shape(name, 0)
         return int(least[0]), int(most[0])
@@ -112,15 +112,17 @@ class TensorRtRunner:
         if self._loaded is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._inputs + self._outputs)
-        least, most = self._loaded.max_batch(self._inputs[0].name)
+        least, most = self._loaded.batches(self._inputs[0].name)
         batch = len(buffers[self._inputs[0].name])
         if not least <= batch <= most:
             raise ShapeError(
-                f"a run of {batch} images: the engine takes {least} to {most}; pass max_batch={most}, "
-                f"or build it again with --min-batch or --max-batch"
+                f"a run of {batch} images: the engine was built for {least} to {most}; build one for other batches: "
+                f"restyle-deploy build, with --min-batch or --max-batch"
             )
         self._device.set_current()
-        return _BoundRun(self._context, self._stream, buffers, device=self._device, inputs=self._inputs)
+        return _BoundRun(
+            self._loaded, self._context, buffers, device=self._device, stream=self._stream, inputs=self._inputs
+        )
 
     def close(self) -> None:
         """Release the engine, and keep what the device compiled for the next time; safe to call twice."""
@@ -139,14 +141,15 @@ class _BoundRun:
 
     def __init__(
         self,
+        loaded: LoadedEngine,
         context: Any,
-        stream: Stream,
         buffers: Mapping[str, NDArray[Any]],
         *,
         device: Device,
+        stream: Stream,
         inputs: tuple[TensorSpec, ...],
     ) -> None:
-        self._context, self._stream, self._device = context, stream, device
+        self._loaded, self._context, self._stream, self._device = loaded, context, stream, device
         self._arrays = dict(buffers)
         self._host = {
             name: Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array) for name, array in buffers.items()
@@ -158,15 +161,21 @@ class _BoundRun:
     def __call__(self) -> None:
         self._device.set_current()  # a session's threads take turns
         for name, memory in self._on_device.items():
-            self._context.set_tensor_address(name, int(memory.handle))
+            self._require(self._context.set_tensor_address(name, int(memory.handle)), f"take the address of {name}")
         for name in self._input_names:
-            self._context.set_input_shape(name, self._arrays[name].shape)
+            shape = self._arrays[name].shape
+            self._require(self._context.set_input_shape(name, shape), f"take {list(shape)} for {name}")
             self._on_device[name].copy_from(self._host[name], stream=self._stream)
-        if not self._context.execute_async_v3(int(self._stream.handle)):
-            raise BuildError("TensorRT refuses to run the engine; its log says why")
+        self._require(self._context.execute_async_v3(int(self._stream.handle)), "run the engine")
         for name in self._output_names:
             self._on_device[name].copy_to(self._host[name], stream=self._stream)
         self._stream.sync()
+
+    def _require(self, done: bool, what: str) -> None:
+        """Raise `BuildError` with the last error that the library has logged, unless it has done what it was told."""
+        if not done:
+            reason = describe_errors(self._loaded.logger.errors[-1:])
+            raise BuildError(f"{describe_library(self._loaded.trt)} cannot {what}: {reason}")
 
 
 class _RuntimeCache:

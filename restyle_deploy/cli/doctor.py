@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--gpu", is_flag=True, help="Try everything that needs a GPU on the first one; takes minutes.")
+@click.option("--gpu", is_flag=True, help="Try kernels and engines on the first GPU; takes minutes.")
 @click.option(
     "--bundle",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

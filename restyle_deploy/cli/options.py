@@ -67,17 +67,24 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that only some backends have; a backend without one refuses it."""
     batches = click.IntRange(min=1)
     options: list[Decorator] = [
-        click.option("--min-batch", type=batches, help="TensorRT: fewest images of one run.", show_default="1"),
         click.option(
-            "--opt-batch", type=batches, help="TensorRT: images of one run to be fastest for.", show_default="1"
+            "--min-batch", type=batches, help="Both TensorRT libraries: fewest images of one run.", show_default="1"
         ),
-        click.option("--max-batch", type=batches, help="TensorRT: most images of one run.", show_default="8"),
+        click.option(
+            "--opt-batch",
+            type=batches,
+            help="Both TensorRT libraries: images of one run to be fastest for.",
+            show_default="1",
+        ),
+        click.option(
+            "--max-batch", type=batches, help="Both TensorRT libraries: most images of one run.", show_default="8"
+        ),
         click.option(
             "--workspace",
             "workspace_bytes",
             callback=_parse_bytes,
             metavar="BYTES",
-            help="TensorRT: memory for one layer's own use, as 512M or 2G.",
+            help="Both TensorRT libraries: memory for one layer's own use, as 512M or 2G.",
         ),
         click.option(
             "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: higher levels build for longer."
@@ -87,7 +94,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "compute_capabilities",
             multiple=True,
             help="TensorRT for RTX: GPUs that the engine is for, wherever it is built, as 8.9; repeatable.",
-            show_default="8.0, 8.6, 8.9, 12.0",
+            show_default="that of the GPU; without one 8.0, 8.6, 8.9, 12.0",
         ),
         click.option(
             "--hardware-compatible", is_flag=True, help="TensorRT: the engine runs on all GPUs from Ampere on, slower."
@@ -98,10 +105,12 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--stripped",
             is_flag=True,
-            help="TensorRT: leave the weights out; opening takes them from the bundle's graphs.",
+            help="Both TensorRT libraries: leave the weights out; opening takes them from the bundle's graphs.",
         ),
         click.option(
-            "--no-plugins", is_flag=True, help="TensorRT: its own operations take the place of our CUDA kernels."
+            "--no-plugins",
+            is_flag=True,
+            help="Both TensorRT libraries: their own operations replace our CUDA kernels; TensorRT for RTX has none.",
         ),
     ]
     for option in reversed(options):

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.files import replace_when_complete
+from restyle_deploy.ops.cuda_versions import NEEDED, check_driver, compiler_version
 
 CodeFormat = Literal["cubin", "ptx"]
 
 SOURCES = Path(__file__).parent / "kernels"
+LAUNCH_SOURCES = ("geometry.py", "launches.py")
 CACHE_VARIABLE = "RESTYLE_DEPLOY_CACHE"
 CACHE_VERSION = 1
 LANGUAGE = "c++17"
-NEEDED = "the CUDA kernels need {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
 
 _logger = logging.getLogger(__name__)
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
@@ -106,10 +107,12 @@ def compile_kernels(
 def check_available() -> None:
     """Find out whether kernels can be compiled here, and launched on a GPU if there is one.
 
+    A driver, where there is one, has to be of CUDA 13.0 or newer; see `cuda_versions.check_driver`.
+
     Raises:
-        BackendUnavailableError: cuda-core, NVRTC or the CUDA headers are not installed.
+        BackendUnavailableError: cuda-core, NVRTC or the CUDA headers are not installed, or the driver is too old.
     """
-    _compiler_version()
+    check_driver()
     _header_folder()
 
 
@@ -135,9 +138,12 @@ def read_source(kernel: str) -> str:
 
 
 def kernel_source_hash() -> str:
-    """Return the SHA-256 of all kernel sources: what an engine's plugins were made of."""
+    """Return the SHA-256 of all kernel sources, and of how they are launched: what an engine's plugins are made of.
+
+    An engine that holds no kernel is launched by what is installed when it runs: the two must have been made together.
+    """
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.cu*")):
+    for path in sorted([*SOURCES.glob("*.cu*"), *(SOURCES / name for name in LAUNCH_SOURCES)]):
         digest.update(f"{path.name}\0{path.read_text(encoding='utf-8')}\0".encode())
     return digest.hexdigest()
 
@@ -220,18 +226,7 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 def _compiler_version() -> str:
     """Return the version of NVRTC, of its package where there is one."""
-    try:
-        import cuda.core  # noqa: F401  what is compiled here is launched by it
-        from cuda.bindings import nvrtc
-        from cuda.pathfinder import DynamicLibNotFoundError
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "cuda":
-            raise
-        raise BackendUnavailableError(NEEDED.format("cuda-core")) from error
-    try:
-        status, major, minor = nvrtc.nvrtcVersion()
-    except DynamicLibNotFoundError as error:
-        raise BackendUnavailableError(NEEDED.format("nvidia-cuda-nvrtc")) from error
+    major, minor = compiler_version()
     try:
         return importlib.metadata.version("nvidia-cuda-nvrtc")
     except importlib.metadata.PackageNotFoundError:  # a toolkit's

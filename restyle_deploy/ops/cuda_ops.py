@@ -57,7 +57,7 @@ def fused_bias_act(
         Like `x`, in its layout.
     Raises:
         TypeError: on a GPU, another dtype.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or a factor is on another device than `x`.
     """
     planes = x if x.ndim == 4 else x.reshape(*x.shape[:2], -1, 1)
     y: Tensor = torch.ops.restyle_deploy.fused_bias_act(
@@ -100,7 +100,7 @@ def upfirdn2d_epilogue(
     Returns:
         [N, C, H', W'] of the dtype and layout of `x`.
     Raises:
-        TypeError, ValueError: as in `fused_bias_act`.
+        TypeError, ValueError: as in `fused_bias_act`, of the filter too.
     """
     y: Tensor = torch.ops.restyle_deploy.upfirdn2d(
         x,
@@ -135,8 +135,8 @@ class _EpilogueArguments(NamedTuple):
     def in_kernel_order(self) -> tuple[Tensor | None, ...]:
         return self.demod, self.noise, self.bias, self.next_scale
 
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise `ValueError` unless the factors fit [N, C, H, W]."""
+    def check(self, shape: Sequence[int], device: torch.device, kernel: Tensor | None = None) -> None:
+        """Raise `ValueError` unless the factors fit [N, C, H, W], and they and the filter are on a device."""
         batch, channels, height, width = shape
         expected = {
             "bias": (self.bias, (channels,)),
@@ -148,6 +148,12 @@ class _EpilogueArguments(NamedTuple):
             f"{name} is {list(tensor.shape)}, expected {list(fitting)}"
             for name, (tensor, fitting) in expected.items()
             if tensor is not None and tensor.shape != fitting
+        ]
+        tensors = {"kernel": kernel, **{name: tensor for name, (tensor, _) in expected.items()}}
+        problems += [
+            f"{name} is on {tensor.device}, expected {device}"  # elsewhere, its address would mean nothing
+            for name, tensor in tensors.items()
+            if tensor is not None and tensor.device != device
         ]
         if problems:
             raise ValueError(f"for a result of {list(shape)}: {'; '.join(problems)}")
@@ -184,14 +190,14 @@ _EPILOGUE = (
 )
 def _fused_bias_act(x: Tensor, *arguments: Any) -> Tensor:
     epilogue, dtype = _EpilogueArguments(*arguments), _arithmetic_dtype(x)
-    epilogue.check(x.shape)
+    epilogue.check(x.shape, x.device)
     return _empty_like(x, x.shape).copy_(bias_act_reference.fused_bias_act(x.to(dtype), **epilogue.widen(dtype)))
 
 
 @_fused_bias_act.register_kernel("cuda")
 def _fused_bias_act_cuda(x: Tensor, *arguments: Any) -> Tensor:
     epilogue = _EpilogueArguments(*arguments)
-    epilogue.check(x.shape)
+    epilogue.check(x.shape, x.device)
     y = _empty_like(x, x.shape)
     if y.numel():
         launch = launch_fused_bias_act(x.shape, epilogue.describe(), dtype=_dtype_name(x), channels_last=_is_last(x))
@@ -215,7 +221,7 @@ def _upfirdn2d(
 ) -> Tensor:
     epilogue, dtype = _EpilogueArguments(*arguments), _arithmetic_dtype(x)
     shape = _filtered_shape(x, _filtering(kernel, up, down, pads, is_separable))
-    epilogue.check(shape)
+    epilogue.check(shape, x.device, kernel)
     top, left, bottom, right = pads
     y = upfirdn2d_reference.upfirdn2d_epilogue(
         x.to(dtype), kernel.to(dtype), up=up, down=down, pads=(top, left, bottom, right), **epilogue.widen(dtype)
@@ -229,7 +235,7 @@ def _upfirdn2d_cuda(
 ) -> Tensor:
     epilogue, filtering = _EpilogueArguments(*arguments), _filtering(kernel, up, down, pads, is_separable)
     shape = _filtered_shape(x, filtering)
-    epilogue.check(shape)
+    epilogue.check(shape, x.device, kernel)
     y = _empty_like(x, shape)
     if y.numel():
         launch = launch_upfirdn2d(

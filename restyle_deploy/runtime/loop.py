@@ -1,17 +1,21 @@
 """Graphs that are loaded, and the loop over them on preallocated and bound buffers."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.backends.base import Runner
+from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle, GraphRecord
 from restyle_deploy.tensors import BATCH, TensorSpec
 
 Run = Callable[[], None]
+NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,28 @@ class LoadedGraph:
         count = len(named[specs[0].name])
         parts = ({name: array[index : index + 1] for name, array in named.items()} for index in range(count))
         return [self.runner.bind(part) for part in parts]
+
+
+def load_graphs(
+    module: Backend,
+    records: Mapping[str, GraphRecord],
+    options: RunnerOptions,
+    weights: Mapping[str, Path] = NO_WEIGHTS,
+) -> Mapping[str, LoadedGraph]:
+    """Load graphs by role, for `Session`; when one is refused, release those before it.
+
+    Args:
+        module, records, options: what is loaded, and how.
+        weights: by role, the ONNX files that stripped engines were built from.
+    """
+    graphs: dict[str, LoadedGraph] = {}
+    with ExitStack() as loaded:
+        for role, record in records.items():
+            runner = module.load(record.path, record.inputs, record.outputs, options, weights.get(role))
+            loaded.callback(runner.close)
+            graphs[role] = LoadedGraph(record=record, runner=runner)
+        loaded.pop_all()  # all are there: the session closes them
+    return graphs
 
 
 class Loop:
@@ -80,8 +106,11 @@ class Loop:
                 self._preview_runs.append(graphs["preview"].bind(rendered))
 
     def run(self, target: NDArray[np.float32], steps: int) -> None:
-        """Start from the average and take `steps` steps; the image is that of the last one."""
-        np.copyto(self._target, target)
+        """Start from the average and take `steps` steps; the image is that of the last one.
+
+        Of fewer targets than the batch the last one fills the rest.
+        """
+        self._target[: len(target)], self._target[len(target) :] = target, target[-1:]
         np.copyto(self._current, self._bundle.average_image)
         np.copyto(self._latents[0], self._bundle.latent_avg)
         for run in self._target_runs:

@@ -4,37 +4,35 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.backends import default_device, load_backend
-from restyle_deploy.backends.base import EXACT_PRECISION, Backend, RunnerOptions
+from restyle_deploy.backends.base import EXACT_PRECISION, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import (
     Bundle,
     EngineRecord,
-    GraphRecord,
     check_engine,
     check_graphs,
     find_engine,
     read_bundle,
 )
-from restyle_deploy.engines import build_command
+from restyle_deploy.engines import ANY_BATCH, Batches, batches_of_build, build_command
 from restyle_deploy.errors import BackendUnavailableError, BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.loop import LoadedGraph, Loop
+from restyle_deploy.runtime.loop import load_graphs as load_graphs  # what a session is made of
 from restyle_deploy.runtime.targets import LARGEST_VALUE as LARGEST_VALUE  # of `Session.invert`
 from restyle_deploy.runtime.targets import targets_from_images as targets_from_images
 
 DEFAULT_MAX_BATCH = 8
 # Loops kept bound, each with its buffers: one for full batches, one for what remains.
 LOOPS_KEPT = 2
-NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +51,27 @@ class InversionResult:
 class Session:
     """A bundle opened on a backend. Threads may share it: their calls run one after the other."""
 
-    def __init__(self, bundle: Bundle, graphs: Mapping[str, LoadedGraph], description: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: Mapping[str, LoadedGraph],
+        description: Mapping[str, Any],
+        *,
+        batches: Batches = ANY_BATCH,
+    ) -> None:
         """Take over loaded graphs, by role as `Loop` has them; see `open`.
 
         Args:
             bundle: the bundle that they belong to.
             graphs: closed with the session.
             description: what `describe` returns.
+            batches: of one run of the graphs.
         """
         self.bundle = bundle
         self._graphs: Mapping[str, LoadedGraph] | None = graphs
         self._has_previews = "preview" in graphs
         self._description = description
+        self._batches = batches
         self._loops: OrderedDict[tuple[int, int], Loop] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -120,9 +127,16 @@ class Session:
                 plugin_hash=module.plugin_hash(),
                 roles=records,
             )
-            options = replace(options, host_code_allowed=bool(engine.build.get("version_compatible")))
+            options = replace(
+                options,
+                host_code_allowed=bool(engine.build.get("version_compatible")),
+                plugin_route=engine.build.get("plugin_route"),
+            )
+            batches = engine.batches
         else:
             check_graphs(opened)
+            # A backend that has to build the exported graphs does so as it builds engines without options.
+            batches = batches_of_build(module.check_build(options, EngineOptions()).facts)
         description = {
             "backend": backend,
             "device": options.device,
@@ -133,7 +147,7 @@ class Session:
             "library_versions": versions,
         }
         with _weights_of(opened, engine) as weights:
-            return cls(opened, load_graphs(module, records, options, weights), description)
+            return cls(opened, load_graphs(module, records, options, weights), description, batches=batches)
 
     @property
     def config(self) -> ModelConfig:
@@ -164,7 +178,8 @@ class Session:
                 of the encoder's size. Only read.
             steps: refinement steps, at least 1; upstream uses 5.
             every_step: keep each step: a leading steps axis on both results. Not with preview_steps.
-            max_batch: images of one run; more are split, which bounds the working memory of the graphs.
+            max_batch: images of one run; more are split, which bounds the working memory of the graphs. An engine
+                that was built for fewer gets no more than that, and one for more has its runs filled up.
         Returns:
             Arrays that the caller owns.
         Raises:
@@ -186,12 +201,15 @@ class Session:
         count, kept = len(targets), (steps if every_step else 1)
         result_images = np.empty((kept, count, 3, *self.config.image_shape), np.float32)
         result_latents = np.empty((kept, count, self.config.n_styles, self.config.style_dim), np.float32)
+        least, most = self._batches
+        max_batch = max(least, min(max_batch, most or max_batch))
         with self._lock:
             for first in range(0, count, max_batch):
-                part = slice(first, min(first + max_batch, count))
-                loop = self._loop(part.stop - part.start, steps if every_step else 0)
+                size = min(max_batch, count - first)
+                part = slice(first, first + size)
+                loop = self._loop(max(least, size), steps if every_step else 0)
                 loop.run(targets[part], steps)
-                result_images[:, part], result_latents[:, part] = loop.images, loop.results(steps)
+                result_images[:, part], result_latents[:, part] = loop.images[:, :size], loop.results(steps)[:, :size]
         _check_finite(result_images, result_latents, last_step=steps)
         if every_step:
             return InversionResult(images=result_images, latents=result_latents)
@@ -257,28 +275,6 @@ def _weights_of(bundle: Bundle, engine: EngineRecord | None) -> Iterator[Mapping
     check_graphs(bundle)
     with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
         yield write_weights(bundle, engine, folder=Path(folder))
-
-
-def load_graphs(
-    module: Backend,
-    records: Mapping[str, GraphRecord],
-    options: RunnerOptions,
-    weights: Mapping[str, Path] = NO_WEIGHTS,
-) -> Mapping[str, LoadedGraph]:
-    """Load graphs by role, for `Session`; when one is refused, release those before it.
-
-    Args:
-        module, records, options: what is loaded, and how.
-        weights: by role, the ONNX files that stripped engines were built from.
-    """
-    graphs: dict[str, LoadedGraph] = {}
-    with ExitStack() as loaded:
-        for role, record in records.items():
-            runner = module.load(record.path, record.inputs, record.outputs, options, weights.get(role))
-            loaded.callback(runner.close)
-            graphs[role] = LoadedGraph(record=record, runner=runner)
-        loaded.pop_all()  # all are there: the session closes them
-    return graphs
 
 
 def _check_finite(images: NDArray[np.float32], latents: NDArray[np.float32], *, last_step: int) -> None:

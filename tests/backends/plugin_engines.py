@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from restyle_deploy.backends import tensorrt_plugins
+from restyle_deploy.backends.tensorrt_device import find_processor
 from restyle_deploy.backends.tensorrt_plugins import PluginRoute, prepare_graph, register_plugins
 from restyle_deploy.ops.upfirdn2d import upfirdn2d_epilogue
 from tests.backends.plugin_models import (
@@ -60,14 +61,10 @@ def compare(route: PluginRoute, case: Case) -> float:
     """
     import tensorrt as trt
 
-    if route == "jit":
-        from restyle_deploy.backends import tensorrt_plugin_v3
-
-        tensorrt_plugin_v3.register()
-    elif register_plugins(trt) != route:
+    if register_plugins(trt, "jit" if route == "jit" else None) != route:
         raise RuntimeError(f"TensorRT {trt.__version__} does not offer the route {route}")
     inputs, model = _inputs_and_model(case)
-    prepare_graph(model, route)
+    prepare_graph(model, route, arch=find_processor("cuda:0"))
     plan = _build(trt, ir.to_proto(model).SerializeToString(), channels_last=case.channels_last)
     tensors = {name: torch.from_numpy(array.astype(np.float32)).cuda() for name, array in inputs.items()}
     dtype = DTYPES[case.dtype][1]
@@ -87,7 +84,8 @@ def loads_alone(route: PluginRoute) -> bool:
 
     assert register_plugins(trt) == route
     _, model = _inputs_and_model(CASES[0])
-    plan = _build(trt, ir.to_proto(prepare_graph(model, route)).SerializeToString(), channels_last=False)
+    prepare_graph(model, route, arch=find_processor("cuda:0"))
+    plan = _build(trt, ir.to_proto(model).SerializeToString(), channels_last=False)
     script = (
         "import sys, tensorrt as trt; "
         "engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(open(sys.argv[1], 'rb').read()); "

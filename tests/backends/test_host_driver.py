@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.backends.host_driver.stand_in import Call, HostDriver, build_host_driver
+from tests.backends.host_driver.stand_in import Call, HostDriver
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
@@ -22,12 +22,6 @@ source, values = pinned(4)
 values[:] = [1, 2, 3, 4]
 target, result = pinned(4)
 """
-
-
-@pytest.fixture(scope="session")
-def host_driver(pytestconfig: pytest.Config) -> HostDriver:
-    assert pytestconfig.cache is not None
-    return build_host_driver(pytestconfig.cache.mkdir("host_driver"))
 
 
 def test_device(host_driver: HostDriver) -> None:
@@ -245,9 +239,24 @@ except Exception as error:
 """
     )
     assert "CUDA_ERROR_NOT_FOUND" in run.output
-    assert run.named("cuLaunchKernelEx") == [
-        Call(name="cuLaunchKernelEx", arguments=("twice", "3", "2", "1", "64", "1", "1", "16"))
-    ]
+    (call,) = run.named("cuLaunchKernelEx")
+    assert call.arguments[:8] == ("twice", "3", "2", "1", "64", "1", "1", "16")
+
+
+def test_arguments_of_launches_are_recorded_by_their_sizes(host_driver: HostDriver) -> None:
+    run = host_driver.run(
+        START
+        + """
+from cuda.core import Program, ProgramOptions
+source = 'extern "C" __global__ void add(float* x, int by) { x[threadIdx.x] += by; }'
+kernel = Program(source, "c++", ProgramOptions(arch="sm_89")).compile("cubin").get_kernel("add")
+launch(stream, LaunchConfig(grid=1, block=64), kernel, 1 << 40, np.int32(-1))
+print(int(stream.handle))
+""",
+        parameters=(8, 4),
+    )
+    (call,) = run.named("cuLaunchKernelEx")
+    assert call.arguments[-2:] == (run.output.strip(), f"{1 << 40} {2**32 - 1}")
 
 
 def test_what_is_missing_is_named(host_driver: HostDriver) -> None:

@@ -54,6 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There seem to be two GPUs; nothing can run on them."""
     monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
     monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_89")
+    monkeypatch.setattr(backend_module, "set_current", lambda device: None)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +174,24 @@ def test_rtx_builds_for_several_gpus_without_one(rtx: TensorRtBackend) -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("gpu")
-def test_rtx_engine_runs_on_the_gpus_that_it_is_for(rtx: TensorRtBackend) -> None:
-    assert rtx.check_build(OPTIONS, EngineOptions()).refusal is None
+def test_rtx_engine_is_for_the_gpu_unless_others_are_named(rtx: TensorRtBackend) -> None:
+    own = rtx.check_build(OPTIONS, EngineOptions())
+    assert (own.processor, own.facts["compute_capability"], own.refusal) == ("sm_89", ["sm_89"], None)
     other = rtx.check_build(OPTIONS, EngineOptions(compute_capabilities=("7.5",)))
     assert other.refusal == "the engine is for sm_75, this GPU is sm_89"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("gpu")
+def test_rtx_says_so_where_it_cannot_build_for_the_gpu(rtx: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_90")
+    expected = r"TensorRT for RTX [\d.]+ cannot build for this GPU, sm_90; .*: --compute-capability with 7\.5, 8\.0"
+    with pytest.raises(BackendUnavailableError, match=expected):
+        rtx.check_build(OPTIONS, EngineOptions())
+    named = rtx.check_build(OPTIONS, EngineOptions(compute_capabilities=("8.9", "12.0")))
+    assert named.refusal == "the engine is for sm_89 or sm_120, this GPU is sm_90"
+    with pytest.raises(BackendUnavailableError, match="device 'cuda:7' cannot run here; available: cuda:0, cuda:1"):
+        rtx.check_build(RunnerOptions(device="cuda:7"), EngineOptions())
 
 
 @pytest.mark.tensorrt
@@ -480,9 +495,26 @@ def test_batch_outside_the_profile_is_refused(on_gpu: TensorRtBackend, demo: Bun
     engine = build(on_gpu, record.path, tmp_path, max_batch=2)
     runner = on_gpu.load(engine, record.inputs, record.outputs, OPTIONS)
     buffers = {spec.name: spec.allocate(3) for spec in record.inputs + record.outputs}
-    with pytest.raises(ShapeError, match="a run of 3 images: the engine takes 1 to 2; pass max_batch=2"):
+    with pytest.raises(ShapeError, match="a run of 3 images: the engine was built for 1 to 2; build"):
         runner.bind(buffers)
     runner.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("batches", [{"max_batch": 1}, {"min_batch": 3}], ids=str)
+def test_engine_for_other_batches_is_verified_and_inverts(
+    on_gpu: TensorRtBackend, demo: Bundle, tmp_path: Path, batches: dict[str, Any]
+) -> None:
+    bundle = Path(shutil.copytree(demo.path, tmp_path / "bundle"))
+    name = "tensorrt-rtx" if "compute_capabilities" in on_gpu.ENGINE_OPTIONS else "tensorrt"
+    assert build_engine(bundle, BuildOptions(backend=name, engine=replace(EngineOptions(), **batches))).build[
+        "verified"
+    ]
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    with Session.open(bundle, backend=name) as session, Session.open(bundle, plain=True) as plain:
+        found, expected = session.invert(images, steps=1, max_batch=2), plain.invert(images, steps=1)
+    np.testing.assert_allclose(found.latents, expected.latents, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from restyle_deploy.backends import tensorrt_plugins
 from restyle_deploy.backends.tensorrt_plugins import Operation, prepare_graph
 from restyle_deploy.errors import BuildError
 from restyle_deploy.graph.edit import array_of
@@ -197,13 +196,6 @@ def test_functions_stay() -> None:
     model = model_of("UpFirDn2d", inputs, constants={"kernel": SEPARABLE}, **SKIP)
     before = ir.to_proto(model).SerializeToString()
     assert ir.to_proto(prepare_graph(model, "functions")).SerializeToString() == before
-
-
-def test_architecture_of_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_plugins, "device_arch", lambda: "sm_103")
-    inputs: Arrays = {"x": image_of(3), "kernel": SEPARABLE}
-    (node,) = prepare_graph(model_of("UpFirDn2d", inputs, constants={"kernel": SEPARABLE}, **SKIP), "aot").graph
-    assert operation_of(node).arch == "sm_103"
 
 
 def forget_type(model: ir.Model) -> None:

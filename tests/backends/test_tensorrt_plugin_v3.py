@@ -3,7 +3,8 @@
 import importlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 
 from restyle_deploy import backends
 from restyle_deploy.backends import tensorrt_plugins
-from restyle_deploy.backends.tensorrt_plugins import INPUTS, Operation, register_plugins
-from restyle_deploy.ops.compiler import CompiledKernels
+from restyle_deploy.backends.tensorrt_plugins import INPUTS, Operation, PluginRoute, register_plugins
 from restyle_deploy.ops.kernels.launches import Epilogue, Factor, Filtering
 from tests.backends import fake_tensorrt
 from tests.backends.fake_tensorrt import DataType, ExpressionBuilder, NetworkTensor, TensorFormat
@@ -20,11 +20,8 @@ from tests.backends.fake_tensorrt import DataType, ExpressionBuilder, NetworkTen
 MODULE = "restyle_deploy.backends.tensorrt_plugin_v3"
 EPILOGUE = Epilogue(factors=Factor(31), negative_slope=0.2, gain=1.5)
 BIAS_ACT = Operation(arch="sm_89", epilogue=EPILOGUE)
-FILTER = Operation(
-    arch="sm_89",
-    epilogue=EPILOGUE,
-    filtering=Filtering(up=(2, 2), down=(3, 3), pads=(2, 3, -1, 0), filter_size=(2, 3)),
-)
+FILTERING = Filtering(up=(2, 2), down=(3, 3), pads=(2, 3, -1, 0), filter_size=(2, 3))
+FILTER = Operation(arch="sm_89", epilogue=EPILOGUE, filtering=FILTERING)
 
 
 @pytest.fixture
@@ -43,8 +40,11 @@ def v3(trt: ModuleType) -> Iterator[Any]:
     del backends.tensorrt_plugin_v3
 
 
-def test_registering_twice(trt: Any, v3: Any) -> None:
-    assert [register_plugins(trt), register_plugins(trt)] == ["jit", "jit"]
+@pytest.mark.parametrize("route", [None, "jit"])
+def test_registering_twice(trt: Any, v3: Any, monkeypatch: pytest.MonkeyPatch, route: PluginRoute | None) -> None:
+    if route is not None:  # an engine's, whatever would be the best one now
+        monkeypatch.setattr(tensorrt_plugins, "choose_route", lambda trt: ("aot", "it is newer"))
+    assert [register_plugins(trt, route), register_plugins(trt, route)] == ["jit", "jit"]
     assert set(trt.get_plugin_registry().creators) == {(name, "1", "restyle_deploy") for name in INPUTS}
     (field,) = trt.get_plugin_registry().get_creator("BiasActEpilogue", "1", "restyle_deploy").field_names
     assert (field.name, field.type) == ("parameters", trt.PluginFieldType.INT32)
@@ -60,6 +60,16 @@ def test_plugin_is_made_of_what_it_serialises(trt: Any, v3: Any, operation: Oper
     again = creator.create_plugin("layer", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
     for copy in (again, again.clone(), again.attach_to_context(None), again.get_capability_interface(None)):
         assert copy.operation.to_parameters() == operation.to_parameters()
+
+
+def test_meaning_of_the_parameters_belongs_to_the_version() -> None:
+    """Engines keep these numbers: whoever changes what they mean raises `VERSION`, too."""
+    operation = replace(FILTER, filtering=replace(FILTERING, up=(2, 3), down=(4, 5), is_separable=True))
+    slope, gain = 0x3E4CCCCD, 0x3FC00000
+    sizes = (2, 3, 4, 5, 2, 3, -1, 0, 2, 3, 1)
+    assert (tensorrt_plugins.VERSION, operation.to_parameters()) == ("1", (89, 31, slope, gain, *sizes))
+    bits = {factor.name: factor.value for factor in Factor}
+    assert bits == {"DEMOD": 1, "NOISE": 2, "BIAS": 4, "NEXT_SCALE": 8, "ACTIVATION": 16}
 
 
 def test_fields_without_parameters(trt: Any, v3: Any) -> None:
@@ -121,46 +131,19 @@ def test_formats_that_do_not_go_with_x(v3: Any, position: int, type: DataType, l
 
 @pytest.mark.parametrize("layout", [TensorFormat.LINEAR, TensorFormat.HWC8])
 def test_launch(v3: Any, monkeypatch: pytest.MonkeyPatch, layout: TensorFormat) -> None:
-    """The kernel gets the inputs' addresses, the scalars as int32, the output's address; on the stream given."""
-    cuda_core = pytest.importorskip("cuda.core")
+    """The kernel gets the inputs' addresses and the output's; on the stream given."""
     launched: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cuda_core, "Device", lambda: SimpleNamespace(device_id=1))
-    monkeypatch.setattr(cuda_core, "Stream", SimpleNamespace(from_handle=lambda handle: f"stream {handle}"))
-    monkeypatch.setattr(cuda_core, "launch", lambda *arguments: launched.append(arguments))
-    monkeypatch.setattr(v3, "load_kernel", lambda *wanted: wanted)
+    monkeypatch.setattr(v3, "enqueue", lambda *arguments, stream: launched.append((*arguments, stream)))
     image = NetworkTensor((2, 16, 7, 9), DataType.BF16).described(layout).desc
     plugin, inputs = v3.KernelPlugin(FILTER), [100, 200, 300, 400, 500, 600]
     plugin.configure_plugin([], [])
     plugin.on_shape_change([], [])
     plugin.enqueue([image] * 6, [image], inputs, [700], 0, 77)
     wanted = FILTER.launch((2, 16, 7, 9), dtype="bfloat16", channels_last=layout is TensorFormat.HWC8)
-    ((stream, config, kernel, *arguments),) = launched
-    assert (stream, kernel) == ("stream 77", ("upfirdn2d", wanted.expression, 1))
-    assert (config.grid, config.block) == (wanted.grid, wanted.block)
-    assert arguments == [*inputs, *wanted.scalars, 700]
-    assert {type(scalar) for scalar in arguments[6:-1]} == {np.int32}
+    assert launched == [(wanted, inputs, 700, 77)]
 
 
 def test_launch_of_a_type_without_kernel(v3: Any) -> None:
-    pytest.importorskip("cuda.core")
     image = NetworkTensor((2, 16, 7, 9), DataType.INT8).described().desc
     with pytest.raises(TypeError, match="x is INT8"):
         v3.KernelPlugin(BIAS_ACT).enqueue([image] * 5, [image], [0] * 5, [0], 0, 1)
-
-
-def test_kernel_is_loaded_once_a_device(v3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_core = pytest.importorskip("cuda.core")
-    compiled: list[str] = []
-
-    def pretend(kernel: str, expressions: list[str], *, arch: str) -> CompiledKernels:
-        compiled.append(arch)
-        return CompiledKernels(code=b"code", format="cubin", arch=arch, names={expressions[0]: "symbol"})
-
-    loaded = SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: (code, name)))
-    monkeypatch.setattr(cuda_core, "ObjectCode", loaded)
-    monkeypatch.setattr(v3, "compile_kernels", pretend)
-    monkeypatch.setattr(v3, "device_arch", lambda: "sm_87")
-    assert [v3.load_kernel("upfirdn2d", "upfirdn2d<float>", device) for device in (0, 0, 1)] == [
-        (b"code", "symbol")
-    ] * 3
-    assert compiled == ["sm_87", "sm_87"]

@@ -26,15 +26,23 @@ def fake_library(name: str, version: str, *members: str) -> Any:
     [
         (fake_library("tensorrt", "11.4.0.106", "QuickPluginCreationRequest", "IPluginV3"), "aot", "tensorrt 11.4"),
         (fake_library("tensorrt", "10.7.0", "IPluginV3"), "jit", "since 10.9"),
-        (fake_library("tensorrt", "10.0.1", "IPluginV3"), "functions", "since 10.1"),
-        (fake_library("tensorrt", "8.6.1"), "functions", "no IPluginV3"),
         (fake_library("tensorrt_rtx", "1.7.1", "IPluginV3"), "functions", "tensorrt_rtx 1.7.1 takes no Python plugins"),
     ],
 )
-def test_route(library: ModuleType, route: str, reason: str) -> None:
+def test_route(monkeypatch: pytest.MonkeyPatch, library: ModuleType, route: str, reason: str) -> None:
+    monkeypatch.setattr(tensorrt_plugins, "ptx_refusal", lambda: "")
     chosen, why = choose_route(library)
     assert chosen == route
     assert reason in why
+
+
+def test_python_launches_what_the_driver_takes_no_ptx_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = "a driver of CUDA 13.0 takes no PTX of NVRTC 13.5"
+    monkeypatch.setattr(tensorrt_plugins, "ptx_refusal", lambda: refusal)
+    chosen, why = choose_route(fake_library("tensorrt", "11.4.0", "QuickPluginCreationRequest", "IPluginV3"))
+    assert chosen == "jit"
+    assert why.startswith(refusal)
+    assert choose_route(fake_library("tensorrt_rtx", "1.7.1"))[0] == "functions"
 
 
 def test_route_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -50,11 +58,3 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "check_available", miss)
     with pytest.raises(BackendUnavailableError, match="need cuda-core"):
         register_plugins(fake_library("tensorrt", "11.4.0", "QuickPluginCreationRequest"))
-    with pytest.raises(BackendUnavailableError, match="need cuda-core"):
-        tensorrt_plugins.device_arch()
-
-
-def test_architecture_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_core = pytest.importorskip("cuda.core")
-    monkeypatch.setattr(cuda_core, "Device", lambda: SimpleNamespace(arch="89"))
-    assert tensorrt_plugins.device_arch() == "sm_89"

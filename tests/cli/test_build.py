@@ -183,7 +183,7 @@ def test_engine_that_is_not_verified_says_so(run: Run, bundle: Path, monkeypatch
     from restyle_deploy import build as build_module
     from tests.bundles import add_engine
 
-    state = {"verified": False, "reason": "no GPU here", "profile": {"max": 8}, "plugin_route": "functions"}
+    state = {"verified": False, "reason": "no GPU here", "profile": {"min": 1, "max": 8}, "plugin_route": "functions"}
     monkeypatch.setattr(build_module, "build_engine", lambda bundle, options, progress: add_engine(bundle, build=state))
     result = run("build", bundle, "--backend", "onnxruntime")
     assert result.exit_code == 0
@@ -232,10 +232,10 @@ def test_engine_of_tensorrt_rtx_and_its_layers(run: Run, bundle: Path, monkeypat
     described = run("inspect", bundle).stdout
     assert re.search(r"processor: +sm_89\n", described)
     layers = run("inspect", bundle, "--layers").stdout
-    assert re.search(r"^tensorrt-rtx-cuda0-fp32 generator, \d+ layers, as parsed: no device was there", layers, re.M)
-    assert re.search(r"^  decoder\.conv1\S* +CONVOLUTION +FLOAT +-1×\d+×4×4$", layers, re.M)
+    assert re.search(r"^tensorrt-rtx-cuda0-fp32 generator, \d+ layers, as the engine runs them$", layers, re.M)
+    assert re.search(r"^  encoder\.input_layer\.1\S* +correlation +Float +\w+ +-1×8×32×32$", layers, re.M)
     facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
-    assert facts["tensorrt-rtx-cuda0-fp32"]["generator"]["of"] == "network"
+    assert facts["tensorrt-rtx-cuda0-fp32"]["generator"]["of"] == "engine"
     refused = run("verify", bundle, "--backend", "tensorrt-rtx")
     assert refused.exit_code == 1
     assert "device 'cuda:0' cannot run here; available: none (there is no NVIDIA driver)" in refused.stderr

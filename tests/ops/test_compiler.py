@@ -244,10 +244,16 @@ def test_an_unknown_kernel_is_refused() -> None:
         read_source("shift")
 
 
-def test_the_hash_is_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_is_of_all_sources_and_of_how_they_are_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiler, "SOURCES", tmp_path)
-    (tmp_path / "a.cu").write_text("a", encoding="utf-8")
-    before = kernel_source_hash()
-    assert kernel_source_hash() == before
-    (tmp_path / "common.cuh").write_text("b", encoding="utf-8")
-    assert len({before, kernel_source_hash()}) == 2
+    names = ("a.cu", "common.cuh", "geometry.py", "launches.py")
+    for name in names:
+        (tmp_path / name).write_text("a", encoding="utf-8")
+    hashes = [kernel_source_hash(), kernel_source_hash()]
+    assert len(set(hashes)) == 1
+    for name in names:
+        (tmp_path / name).write_text("b", encoding="utf-8")
+        hashes.append(kernel_source_hash())
+    assert len(set(hashes)) == 1 + len(names)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from restyle_deploy import Session, manifest
+from restyle_deploy.backends.base import EngineOptions, RunnerOptions
 from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, MANIFEST, open_bundle, write_manifest
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.runtime import session as session_module
 from tests.bundles import PLAN, add_engine, replace_array
-from tests.fakes import VERSIONS, FakeBackend, describe_target, encode, encode_features, generate, preview
+from tests.fakes import VERSIONS, Buffers, FakeBackend, describe_target, encode, encode_features, generate, preview
 
 COMPUTES = {"encoder": encode, "generator": generate, "target": describe_target, "preview": preview}
 ARRAYS = {LATENT_AVG, AVERAGE_IMAGE, EXPECTATION}
@@ -89,6 +90,54 @@ def test_engine_is_loaded_where_there_is_one(bundle: Path, backend: FakeBackend,
         assert session.describe()["plan"] == origin
     assert loaded_files(backend) == {engine / "encoder.onnx", engine / "generator.onnx"}
     assert {options.threads for _, options in backend.loaded} == {3}
+
+
+def test_engine_is_loaded_as_it_was_built(bundle: Path, backend: FakeBackend) -> None:
+    build = {"verified": True, "reason": None, "plugin_route": "functions", "version_compatible": True}
+    add_engine(bundle, library_versions=VERSIONS, build=build)
+    Session.open(bundle).close()
+    Session.open(bundle, plain=True).close()
+    found = [(options.plugin_route, options.host_code_allowed) for _, options in backend.loaded]
+    assert found == [("functions", True)] * 2 + [(None, False)] * 2
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    ("least", "most", "max_batch", "runs"),
+    [(1, 2, 8, [2, 2, 1]), (3, 4, 8, [4, 3]), (3, 8, 8, [5]), (3, 8, 1, [3, 3]), (1, 8, 3, [3, 2])],
+    ids=str,
+)
+def test_runs_are_of_the_batches_that_an_engine_takes(
+    bundle: Path,
+    backend: FakeBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    plain: bool,
+    least: int,
+    most: int,
+    max_batch: int,
+    runs: list[int],
+) -> None:
+    """Also of the exported graphs, where the backend builds an engine of them when it loads them."""
+    profile = {"profile": {"min": least, "opt": least, "max": most}}
+    target = replace(backend.check_build(RunnerOptions(), EngineOptions()), facts=profile if plain else {})
+    monkeypatch.setattr(backend, "check_build", lambda *_: target)
+    if not plain:
+        add_engine(bundle, library_versions=VERSIONS, build={"verified": True, "reason": None, **profile})
+    targets = np.random.default_rng(0).uniform(-1, 1, (5, 3, 32, 32)).astype(np.float32)
+    sizes: list[int] = []
+
+    def count(buffers: Buffers) -> None:
+        sizes.append(len(buffers["target"]))
+        encode(buffers)
+
+    backend.computes["encoder"] = count
+    with Session.open(bundle, plain=plain) as session:
+        found = session.invert(targets, steps=2, every_step=True, max_batch=max_batch)
+    assert sizes[::2] == sizes[1::2] == runs
+    start = np.float64(open_bundle(bundle).latent_avg)
+    difference = targets.mean(axis=(1, 2, 3)) - open_bundle(bundle).average_image.mean()
+    np.testing.assert_allclose(found.latents[0], start + difference[:, None, None], atol=1e-5)
 
 
 @pytest.mark.parametrize("preview_steps", [False, True])

@@ -66,6 +66,24 @@ def fuse_epilogue(model: ir.Model, *, layers: Collection[str] | None = None) -> 
     return model
 
 
+def find_epilogue(model: ir.Model, name: str) -> tuple[tuple[str, ...], str] | None:
+    """Return the border of what `fuse_epilogue` makes one node behind a value: names of its factors, and of its result.
+
+    Args:
+        model: not changed.
+        name: of the convolution's result, or the filter's.
+    Returns:
+        The factors are those that are computed, not constants. None where there is nothing of the kind.
+    """
+    for node in nodes_of_type(model, "FusedBiasAct"):
+        found = _find_epilogue(node)
+        if found is not None and found.x.name == name:
+            computed = [value for value in (found.demod, found.next_scale) if array_of(value) is None]
+            result = found.nodes[-1].outputs[0]
+            return tuple(value.name or "" for value in computed if value is not None), result.name or ""
+    return None
+
+
 def _find_epilogue(activation: ir.Node) -> _Epilogue | None:
     x = activation.inputs[0]
     if x is None or array_of(activation.inputs[1]) is None:

@@ -15,6 +15,8 @@
 //   HOST_DRIVER_RECORD      file to which each call is appended: its name and some arguments, separated by tabs
 //   HOST_DRIVER_CAPABILITY  compute capability of the device, "8.9" by default
 //   HOST_DRIVER_MEMORY      bytes of device memory, 24 GiB by default; allocations beyond it fail
+//   HOST_DRIVER_PARAMETERS  bytes of each parameter of the kernels that are launched, a digit each; none by default, and
+//                           then the record has no arguments of launches
 #pragma once
 
 #include <cuda.h>

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,16 @@ class HostDriver:
 
     directory: Path
 
-    def run(self, script: str, *, capability: str = "8.9", memory_bytes: int = 24 << 30) -> Run:
+    def run(
+        self, script: str, *, capability: str = "8.9", memory_bytes: int = 24 << 30, parameters: Sequence[int] = ()
+    ) -> Run:
         """Run Python text in a process whose CUDA driver is the stand-in.
 
+        Args:
+            script: the text.
+            capability: of the device.
+            memory_bytes: of the device.
+            parameters: bytes of each parameter of the kernels that are launched; their arguments are recorded then.
         Raises:
             AssertionError: The script failed; the message has its standard error and the last driver calls.
         """
@@ -56,6 +64,7 @@ class HostDriver:
                 "HOST_DRIVER_RECORD": str(record),
                 "HOST_DRIVER_CAPABILITY": capability,
                 "HOST_DRIVER_MEMORY": str(memory_bytes),
+                "HOST_DRIVER_PARAMETERS": "".join(map(str, parameters)),
             }
             process = subprocess.run(
                 [sys.executable, "-c", script],

@@ -39,6 +39,18 @@ std::string image_of(const void* code) {
     return std::string(bytes, sections + std::size_t{entry_bytes} * entries);
 }
 
+// The arguments of a launch as unsigned numbers, of as many bytes as HOST_DRIVER_PARAMETERS says.
+std::string values_of(void** arguments) {
+    const char* sizes = std::getenv("HOST_DRIVER_PARAMETERS");
+    std::ostringstream values;
+    for (std::size_t index = 0; sizes != nullptr && sizes[index] != '\0'; ++index) {
+        std::uint64_t value = 0;
+        std::memcpy(&value, arguments[index], sizes[index] - '0');
+        values << (index == 0 ? "" : " ") << value;
+    }
+    return values.str();
+}
+
 CUkern_st* kernel_of(CUfunction function) { return reinterpret_cast<CUkern_st*>(function); }
 
 }  // namespace
@@ -273,8 +285,8 @@ DRIVER_CALL cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* 
     return give(kernel, &library->kernels.try_emplace(name, CUkern_st{name}).first->second);
 }
 
-DRIVER_CALL cuLaunchKernelEx(const CUlaunchConfig* at, CUfunction function, void**, void**) {
+DRIVER_CALL cuLaunchKernelEx(const CUlaunchConfig* at, CUfunction function, void** arguments, void**) {
     Call call(__func__, kernel_of(function)->name, at->gridDimX, at->gridDimY, at->gridDimZ, at->blockDimX,
-              at->blockDimY, at->blockDimZ, at->sharedMemBytes);
+              at->blockDimY, at->blockDimZ, at->sharedMemBytes, reinterpret_cast<std::uintptr_t>(at->hStream), values_of(arguments));
     return enqueue(at->hStream, [] {});
 }

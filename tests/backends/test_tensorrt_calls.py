@@ -1,0 +1,318 @@
+"""What the TensorRT backend asks the library for, on a stand-in that writes it down: no GPU, and no TensorRT."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from restyle_deploy.backends import tensorrt as backend_module
+from restyle_deploy.backends import tensorrt_network
+from restyle_deploy.backends.base import OPTION_NAMES, BuildRequest, EngineOptions, RunnerOptions
+from restyle_deploy.backends.tensorrt import TensorRtBackend
+from restyle_deploy.backends.tensorrt_layers import describe_inspected
+from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX, create_logger
+from restyle_deploy.backends.tensorrt_network import check_planes, write_typed_graph
+from restyle_deploy.cli.options import engine_options
+from restyle_deploy.errors import BuildError
+from restyle_deploy.tensors import TensorSpec
+from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, recorded
+
+OPTIONS = RunnerOptions(device="cuda:1")
+NO_PLUGINS = EngineOptions(no_plugins=True)
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """There seem to be two GPUs; the list has those that became current."""
+    current: list[str] = []
+    monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
+    monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_89")
+    monkeypatch.setattr(backend_module, "find_name", lambda device: {"cuda:1": "NVIDIA RTX 4000 (Ada)"}[device])
+    monkeypatch.setattr(backend_module, "set_current", current.append)
+    return current
+
+
+@pytest.fixture(scope="module")
+def graph(project_root: Path) -> Path:
+    return project_root / "engines" / "demo-faces" / "generator.onnx"
+
+
+@pytest.fixture
+def library() -> RecordingLibrary:
+    return recorded()[1]
+
+
+def build(library: RecordingLibrary, graph: Path, folder: Path, *, cache: bool = False, **engine: Any) -> Any:
+    """Build without plugins; return what lies beside the engine about its layers."""
+    backend = TensorRtBackend(TENSORRT, library)
+    request = BuildRequest(engine=replace(NO_PLUGINS, **engine), cache=folder if cache else None)
+    backend.build(graph, folder / "generator.engine", OPTIONS, request)
+    return json.loads((folder / "generator.layers.json").read_text(encoding="utf-8"))
+
+
+# Layers
+
+
+@pytest.mark.parametrize("version_compatible", [False, True])
+def test_layers_are_asked_of_an_engine_that_may_bring_host_code(
+    library: RecordingLibrary, graph: Path, tmp_path: Path, version_compatible: bool
+) -> None:
+    content = build(library, graph, tmp_path, version_compatible=version_compatible)
+    assert library.named("deserialize") == [[version_compatible]]
+    assert (content["of"], [layer["name"] for layer in content["layers"]]) == ("engine", ["decoder.conv/Conv_0"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine_is_taken": False}, r"TensorRT 10\.9\.0 refuses the engine that it built: the engine holds host code"),
+        ({"layers": "no JSON"}, "tells the layers in another way: JSONDecodeError"),
+        ({"layers": "{}"}, "tells the layers in another way: KeyError: 'Layers'"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_told_cost_no_engine(
+    library: RecordingLibrary,
+    graph: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: Mapping[str, Any],
+    message: str,
+) -> None:
+    for name, value in changes.items():
+        setattr(library, name, value)
+    content = build(library, graph, tmp_path)
+    assert content == {"of": "network", "layers": []}  # the stand-in's network is empty
+    assert (tmp_path / "generator.engine").read_bytes() == b"plan"
+    assert re.search(f"generator.engine: its layers are listed as they were parsed: .*{message}", caplog.text)
+
+
+TWO_TEXTS = {"Name": "y", "Dimensions": [2, 8, 4, 4], "Format": "NHWC8", "DataType": "Half"}
+ONE_TEXT = {
+    "Name": "y",
+    "Dimensions": [2, 8, 4, 4],
+    "Format/Datatype": "Channel major FP16 format where channel % 8 == 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("output", "dtype", "form"),
+    [
+        (TWO_TEXTS, "Half", "NHWC8"),
+        ({**TWO_TEXTS, "DataType": "BFloat16"}, "BFloat16", "NHWC8"),
+        (ONE_TEXT, "FP16", ONE_TEXT["Format/Datatype"]),
+        ({**ONE_TEXT, "Format/Datatype": "Half"}, "Half", "Half"),
+    ],
+    ids=["11 Half", "11 BFloat16", "10 FP16", "10 Half"],
+)
+def test_inspector_of_each_version_is_understood(output: Mapping[str, Any], dtype: str, form: str) -> None:
+    layer = {
+        "Name": "decoder.conv1.conv/Conv_0 + decoder.conv1/Relu_0",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "x", "Format": "NCHW", "DataType": "Float"}],
+        "Outputs": [output, output],
+        "Metadata": "[ONNX Layer: decoder.conv1.conv/Conv_0]\x1e[ONNX Layer: decoder.conv1/Relu_0]",
+    }
+    assert describe_inspected(layer) == {
+        "name": layer["Name"],
+        "type": "CaskConvolution",
+        "precision": dtype,
+        "format": form,
+        "shapes": [[2, 8, 4, 4]] * 2,
+        "model_layers": ["decoder.conv1.conv", "decoder.conv1"],
+    }
+
+
+def test_inspector_may_tell_a_name_alone() -> None:
+    told = describe_inspected("decoder.conv1")
+    assert (told["name"], told["precision"], told["format"], told["shapes"]) == ("decoder.conv1", "", "", [])
+
+
+# Timing cache and device
+
+
+CACHE = "timing-tensorrt-10.9.0-NVIDIA-RTX-4000-Ada.cache"
+
+
+def test_timing_cache_is_of_the_gpus_name(library: RecordingLibrary, graph: Path, tmp_path: Path) -> None:
+    (tmp_path / CACHE).write_bytes(KEPT)
+    build(library, graph, tmp_path, cache=True)
+    assert library.named("set_timing_cache") == [[KEPT, False]]
+    assert (tmp_path / CACHE).read_bytes() == MEASURED
+    assert [path.name for path in tmp_path.glob("*.cache")] == [CACHE]
+
+
+def test_timing_cache_that_does_not_fit_is_begun_anew(library: RecordingLibrary, graph: Path, tmp_path: Path) -> None:
+    (tmp_path / CACHE).write_bytes(KEPT)
+    library.cache_fits = False
+    build(library, graph, tmp_path, cache=True)
+    assert library.named("set_timing_cache") == [[KEPT, False], [b"", False]]
+    assert (tmp_path / CACHE).read_bytes() == MEASURED
+
+
+def test_refusal_gives_no_former_mismatch_as_its_reason(library: RecordingLibrary, graph: Path, tmp_path: Path) -> None:
+    (tmp_path / CACHE).write_bytes(KEPT)
+    library.cache_fits, library.plan = False, None
+    with pytest.raises(BuildError, match=r"refuses generator\.onnx: no memory is left"):
+        build(library, graph, tmp_path, cache=True)
+    assert (tmp_path / CACHE).read_bytes() == KEPT
+
+
+def test_no_timing_cache_after_a_build_is_none_to_keep(library: RecordingLibrary, graph: Path, tmp_path: Path) -> None:
+    library.cache_is_kept = False
+    build(library, graph, tmp_path, cache=True)
+    assert not list(tmp_path.glob("*.cache"))
+
+
+def test_device_is_current_before_the_library_is_asked(
+    library: RecordingLibrary, graph: Path, tmp_path: Path, gpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "set_current", lambda device: library.calls.append(("current", device)))
+    build(library, graph, tmp_path)
+    TensorRtBackend(TENSORRT, library).check_graph(graph, OPTIONS, BuildRequest(engine=NO_PLUGINS))
+    asked = [call for call in library.calls if call[0] in ("current", "Builder", "deserialize")]
+    assert asked == [("current", "cuda:1"), ("Builder",), ("deserialize", False), ("current", "cuda:1"), ("Builder",)]
+
+
+# Kernels
+
+
+@pytest.mark.parametrize(("recorded_route", "expected"), [("functions", "functions"), ("jit", "jit"), (None, "aot")])
+def test_weights_are_typed_by_the_route_of_the_engine(
+    library: RecordingLibrary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded_route: str | None,
+    expected: str,
+) -> None:
+    routes: list[str] = []
+
+    def note(graph: Path, folder: Path, *, route: str, **_: Any) -> Path:
+        routes.append(route)
+        raise BuildError("enough is known")
+
+    monkeypatch.setattr(tensorrt_network, "write_typed_graph", note)
+    monkeypatch.setattr(backend_module, "_plugins", lambda: SimpleNamespace(**PLUGINS))
+    backend = TensorRtBackend(TENSORRT, library)
+    with pytest.raises(BuildError, match="enough"):
+        backend.load(tmp_path / "x.engine", (), (), replace(OPTIONS, plugin_route=recorded_route), tmp_path / "x.onnx")
+    assert routes == [expected]
+
+
+PLUGINS: Mapping[str, Any] = {"choose_route": lambda trt: ("aot", ""), "register_plugins": lambda trt: "aot"}
+
+
+@pytest.mark.parametrize(("max_batch", "fits"), [(511, True), (512, False)])
+def test_more_feature_maps_than_the_filter_takes_are_refused(
+    graph: Path, tmp_path: Path, max_batch: int, fits: bool
+) -> None:
+    """The demo's widest filter has 128 channels."""
+
+    def write(route: str) -> Path:
+        return write_typed_graph(graph, tmp_path, precision="fp32", route=route, arch="sm_89", max_batch=max_batch)
+
+    assert write("functions").is_file()
+    if fits:
+        assert write("aot").is_file()
+        return
+    expected = "512 images of 128 channels are 65536 feature maps, .* 65535 .*; use --max-batch 511 or less, or --no-pl"
+    with pytest.raises(BuildError, match=expected):
+        write("aot")
+
+
+def test_graph_without_filters_takes_any_batch() -> None:
+    x = ir.Value(name="x", shape=ir.Shape(("N", 512, 4, 4)), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Relu", [x], name="relu")
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20}, name="graph")
+    check_planes(ir.Model(graph, ir_version=10), 60_000)
+
+
+# Running
+
+
+class FakeContext:
+    """An execution context that refuses one call."""
+
+    def __init__(self, logger: Any, refused: str) -> None:
+        self._logger, self._refused = logger, refused
+
+    def _answer(self, name: str) -> bool:
+        if name == self._refused:
+            self._logger.log(1, f"{name}: not so")
+        return name != self._refused
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        return self._answer("set_tensor_address")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._answer("set_input_shape")
+
+    def execute_async_v3(self, stream: int) -> bool:
+        return self._answer("execute_async_v3")
+
+
+@pytest.mark.parametrize(
+    ("refused", "what"),
+    [
+        ("set_tensor_address", "take the address of x"),
+        ("set_input_shape", r"take \[1, 2\] for x"),
+        ("execute_async_v3", "run the engine"),
+        ("nothing", ""),
+    ],
+)
+def test_failing_run_names_library_and_last_error(
+    library: RecordingLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refused: str,
+    what: str,
+) -> None:
+    runner_module = pytest.importorskip("restyle_deploy.backends.tensorrt_runner", reason="cuda-core is not installed")
+    memory = SimpleNamespace(handle=1, copy_from=lambda *_, **__: None, copy_to=lambda *_, **__: None)
+    monkeypatch.setattr(runner_module, "Buffer", SimpleNamespace(from_handle=lambda *_, **__: memory))
+    device = SimpleNamespace(set_current=lambda: None, allocate=lambda *_, **__: memory)
+    stream = SimpleNamespace(handle=1, sync=lambda: None)
+    logger = create_logger(library)
+    logger.log(1, "an old error")
+    run = runner_module._BoundRun(
+        runner_module.LoadedEngine(library, logger, None, None),
+        FakeContext(logger, refused),
+        {"x": np.zeros((1, 2), np.float32), "y": np.zeros((1, 2), np.float32)},
+        device=device,
+        stream=stream,
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("N", 2)),),
+    )
+    if refused == "nothing":
+        run()
+        return
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(BuildError, match=rf"^TensorRT 10\.9\.0 cannot {what}: {refused}: not so"),
+    ):
+        run()
+    assert f"error: {refused}: not so" in caplog.text
+
+
+# Options
+
+
+def test_help_names_the_libraries_that_have_an_option() -> None:
+    command = click.command()(engine_options(lambda **_: None))
+    helps = {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
+    for name in OPTION_NAMES:
+        beginnings = {
+            (True, True): "Both TensorRT libraries: ",
+            (True, False): "TensorRT: ",
+            (False, True): "TensorRT for RTX: ",
+        }
+        beginning = beginnings[name in TENSORRT.options, name in TENSORRT_RTX.options]
+        assert helps[name].startswith(beginning), name
