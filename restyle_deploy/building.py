@@ -110,8 +110,12 @@ class Building:
             device=options.runner.device,
             precision=options.precision,
             threads=options.threads or usable_cores(),
-            # Of this package too: its rewrites are what is timed.
-            library_versions={**backend.library_versions(), "restyle-deploy": __version__},
+            # Of this package too: its rewrites, and its kernels, are what is timed.
+            library_versions={
+                **backend.library_versions(),
+                "restyle-deploy": __version__,
+                **({"kernels": backend.plugin_hash() or ""} if target.has_kernels else {}),
+            },
             processor=target.processor,
         )
         self._known: dict[str, Mapping[str, float]] = dict(read_times(bundle.path, self._conditions))

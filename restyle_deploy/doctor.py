@@ -145,8 +145,8 @@ def _examine_backend(name: str) -> BackendState:
         remedy = _install_command(BACKENDS[name].extra)
         return BackendState(name=name, devices=(), problem=str(error), remedy=remedy)
     except ImportError as error:  # installed, but broken: the diagnosis goes on and shows it
-        problem = f"installed, but cannot be imported: {error}"
-        return BackendState(name=name, devices=(), problem=problem, remedy=None)
+        broken = f"installed, but cannot be imported: {error}"
+        return BackendState(name=name, devices=(), problem=broken, remedy=None)
     devices = backend.devices()
     problem = None if devices else f"installed, but {_reason_for_no_device(name, backend)}"
     return BackendState(name=name, devices=devices, problem=problem, remedy=None)

@@ -16,6 +16,7 @@ from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import PRECISIONS, EngineOptions
 from restyle_deploy.backends.tensorrt_device import find_devices, find_processor
 from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError, VerificationError
+from restyle_deploy.ops.cuda_versions import driver_version
 
 if TYPE_CHECKING:
     from restyle_deploy.build import BuildOptions
@@ -146,11 +147,11 @@ def _find_gpu() -> Gpu:
     devices, reason = find_devices()
     if not devices:
         raise BackendUnavailableError(f"no NVIDIA GPU can be used here: {reason}")
-    from cuda.bindings import driver
     from cuda.core import Device
 
-    _, version = driver.cuDriverGetVersion()  # 13000 is 13.0; there is a driver, as there are devices
-    return Gpu(name=Device(0).name, arch=find_processor(devices[0]), driver=f"{version // 1000}.{version % 1000 // 10}")
+    version = driver_version()
+    assert version is not None  # there are devices
+    return Gpu(name=Device(0).name, arch=find_processor(devices[0]), driver=".".join(map(str, version)))
 
 
 def _installed_versions() -> dict[str, str]:

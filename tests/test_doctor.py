@@ -48,7 +48,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return a function that pretends that everything is installed but `without`, and that backends have `devices`."""
 
     def pretend(
-        *, without: tuple[str, ...] = (), devices: tuple[str, ...] = ("cpu",), error: Exception | None = None
+        *,
+        without: tuple[str, ...] = (),
+        devices: tuple[str, ...] = ("cpu",),
+        error: Exception | None = None,
+        reason: str | None = None,
     ) -> None:
         def version(package: str) -> str:
             if package in without:
@@ -58,7 +62,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         def load_backend(name: str) -> SimpleNamespace:
             if error is not None:
                 raise error
-            return SimpleNamespace(devices=lambda: devices)
+            return SimpleNamespace(devices=lambda: devices, check_options=lambda options: check_device(options.device))
+
+        def check_device(device: str) -> None:
+            if reason is not None:
+                raise BackendUnavailableError(f"device {device!r} cannot run here: {reason}")
 
         monkeypatch.setattr(metadata, "version", version)
         monkeypatch.setattr(metadata, "packages_distributions", dict)
@@ -149,6 +157,10 @@ def test_backend_without_device_does_not_count(install: Install) -> None:
     diagnosis = examine_installation()
     assert not diagnosis.usable
     assert diagnosis.backends[0].problem == "installed, but no device can run it here"
+    install(devices=(), reason="there is no NVIDIA driver")
+    assert examine_installation().backends[-1].problem == (
+        "installed, but device 'cuda:0' cannot run here: there is no NVIDIA driver"
+    )
 
 
 def test_jobs_agree_with_the_extras(project_root: Path) -> None:

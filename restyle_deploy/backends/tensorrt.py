@@ -167,7 +167,7 @@ class TensorRtBackend:
 
         self.check_options(options)
         if (options.plugin_route or self._kernels(is_wanted=True)[0]) == "jit":
-            _plugins().register_plugins(self._trt)
+            _plugins().register_plugins(self._trt, "jit")
         with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
             typed = None
             if weights is not None:
@@ -205,10 +205,9 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_network import write_typed_graph
 
         route = options.plugin_route or self._kernels(is_wanted=not engine.no_plugins)[0]
-        if route != WITHOUT_PLUGINS:
-            _plugins().register_plugins(self._trt)
         arch = None
         if route != WITHOUT_PLUGINS:
+            _plugins().register_plugins(self._trt, route)
             arch = f"sm_{AMPERE}" if engine.hardware_compatible else find_processor(options.device)
         most = batches_of(engine)[2]
         return write_typed_graph(graph, folder, precision=options.precision, route=route, arch=arch, max_batch=most)

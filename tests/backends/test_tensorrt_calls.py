@@ -208,7 +208,7 @@ def test_weights_are_typed_by_the_route_of_the_engine(
     assert routes == [expected]
 
 
-PLUGINS: Mapping[str, Any] = {"choose_route": lambda trt: ("aot", ""), "register_plugins": lambda trt: "aot"}
+PLUGINS: Mapping[str, Any] = {"choose_route": lambda trt: ("aot", ""), "register_plugins": lambda trt, route: route}
 
 
 @pytest.mark.parametrize(("max_batch", "fits"), [(511, True), (512, False)])
