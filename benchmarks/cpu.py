@@ -25,6 +25,8 @@ from restyle_deploy.bundle import read_bundle
 from restyle_deploy.processor import usable_cores
 
 RESULTS = Path("benchmarks/results")
+# Whose versions the figures depend on.
+TIMED_PACKAGES = ("restyle-deploy", "numpy", "onnxruntime", "openvino", "torch")
 FEWEST_ROUNDS = 3
 LOOP_ROUNDS = 50
 BYTES_PER_MIB = 2**20
@@ -67,7 +69,7 @@ def _parse_batches(value: str) -> tuple[int, ...]:
 @click.option("--threads", type=click.IntRange(min=1), show_default="the cores", help="Threads of each contender.")
 @click.option("--memory", default=24.0, show_default=True, help="GiB of all processes together.")
 @click.option(
-    "--resume", is_flag=True, help="Keep what the results hold for this processor, these versions, steps and threads."
+    "--resume", is_flag=True, help="Go on with the results of this processor, these versions, steps and threads."
 )
 @click.option("--build/--no-build", default=True, show_default=True, help="Build and tune the engines that lack.")
 def main(
@@ -108,7 +110,10 @@ def main(
         loop_overhead=None,
     )
     former = read_table(output) if resume else None
-    if former is not None and _same_conditions(former, table):
+    if former is not None:
+        different = _different_conditions(former, table)
+        if different:
+            raise click.UsageError(f"{output} cannot be resumed: other {', '.join(different)}; leave out --resume")
         table = replace(table, cells=former.cells, loop_overhead=former.loop_overhead)
     work.mkdir(parents=True, exist_ok=True)
     for name in models:
@@ -171,13 +176,18 @@ def _with_refused(rows: tuple[Row, ...], refused: Mapping[str, str]) -> tuple[Ro
     return tuple(by_name[name] for name in CONTENDERS if name in by_name)
 
 
-def _same_conditions(former: SpeedTable, table: SpeedTable) -> bool:
-    """Whether figures of a former run may stand beside new ones; their commit and rounds may differ."""
+def _different_conditions(former: SpeedTable, table: SpeedTable) -> list[str]:
+    """Return why figures of a former run may not stand beside new ones; their commit and rounds may differ."""
     ours, theirs = (
-        (each.environment.cpu, each.environment.packages, each.settings.steps, each.settings.threads)
+        {
+            "processor": each.environment.cpu,
+            "steps": each.settings.steps,
+            "threads": each.settings.threads,
+            **{f"version of {name}": each.environment.packages.get(name) for name in TIMED_PACKAGES},
+        }
         for each in (table, former)
     )
-    return ours == theirs
+    return [name for name, value in ours.items() if value != theirs[name]]
 
 
 def _show(text: str) -> None:

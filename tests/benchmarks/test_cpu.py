@@ -50,6 +50,29 @@ def test_without_the_golden_directory_the_demo_is_measured(measured: Measured, t
     assert (tmp_path / "out" / "cpu.md").read_text(encoding="utf-8") + "\n" == result.stdout
 
 
+def test_resuming_keeps_the_cells(measured: Measured, tmp_path: Path) -> None:
+    assert run(tmp_path, "--contenders", "openvino-plain", "--batches", "1").exit_code == 0
+    measured.clear()
+    assert run(tmp_path, "--contenders", "openvino-plain", "--resume").exit_code == 0
+    assert [batch for _, batch, _ in measured] == [4]
+    content = json.loads((tmp_path / "out" / "cpu.json").read_text(encoding="utf-8"))
+    assert [cell["batch"] for cell in content["cells"]] == [1, 4]
+
+
+def test_figures_of_other_conditions_are_neither_mixed_nor_lost(measured: Measured, tmp_path: Path) -> None:
+    assert run(tmp_path, "--contenders", "openvino-plain", "--batches", "1").exit_code == 0
+    path = tmp_path / "out" / "cpu.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["environment"]["packages"]["openvino"] = "1.0"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    measured.clear()
+    result = run(tmp_path, "--contenders", "openvino-plain", "--resume", "--steps", "3")
+    assert result.exit_code == 2
+    assert "cannot be resumed: other steps, version of openvino; leave out --resume" in " ".join(result.stderr.split())
+    assert measured == []
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+
+
 def test_engine_that_cannot_be_built_is_a_row_that_says_so(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
