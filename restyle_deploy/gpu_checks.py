@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ from restyle_deploy import __version__
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import PRECISIONS, EngineOptions
 from restyle_deploy.backends.tensorrt_device import find_devices, find_processor
+from restyle_deploy.bench.environment import installed_versions
 from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError, VerificationError
 from restyle_deploy.ops.cuda_versions import driver_version
 
@@ -113,7 +113,7 @@ def run_gpu_checks(bundle: Path | None, *, progress: Callable[[str], None] = lam
     return GpuReport(
         date=datetime.date.today().isoformat(),
         gpu=gpu,
-        versions={"restyle-deploy": __version__, **_installed_versions()},
+        versions={"restyle-deploy": __version__, **installed_versions(PACKAGES)},
         outcomes=outcomes,
     )
 
@@ -152,16 +152,6 @@ def _find_gpu() -> Gpu:
     version = driver_version()
     assert version is not None  # there are devices
     return Gpu(name=Device(0).name, arch=find_processor(devices[0]), driver=".".join(map(str, version)))
-
-
-def _installed_versions() -> dict[str, str]:
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _compile_kernels(gpu: Gpu) -> str:

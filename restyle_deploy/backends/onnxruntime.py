@@ -17,6 +17,9 @@ from restyle_deploy.backends.base import (
     check_buffers,
     refuse_engine_options,
 )
+from restyle_deploy.backends.cpu import check_graph as check_graph
+from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
+from restyle_deploy.backends.cpu import processors as processors
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.processor import describe_processor
 from restyle_deploy.tensors import TensorSpec
@@ -52,26 +55,11 @@ def check_options(options: RunnerOptions) -> None:
         )
 
 
-def processors(device: str) -> tuple[str, ...]:
-    """Return this machine's processor."""
-    return (describe_processor(),)
-
-
-def plugin_hash() -> str | None:
-    """Return None: there is no kernel of ours for the CPU."""
-    return None
-
-
 def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
     """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
     refuse_engine_options("onnxruntime", engine, ENGINE_OPTIONS)
     check_options(options)
     return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
-
-
-def check_graph(graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
-    """Return nothing: only building tells whether the library takes a graph."""
-    return {}
 
 
 def build(

@@ -23,8 +23,12 @@ from restyle_deploy.backends.base import (
     check_buffers,
     refuse_engine_options,
 )
+from restyle_deploy.backends.cpu import check_graph as check_graph
+from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
+from restyle_deploy.backends.cpu import processors as processors
 from restyle_deploy.backends.openvino_nodes import CONVERSIONS
 from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.ops.onnx_functions import DOMAIN
 from restyle_deploy.processor import describe_processor
 from restyle_deploy.tensors import TensorSpec
 
@@ -32,7 +36,6 @@ ENGINE_OPTIONS: frozenset[str] = frozenset()
 ENGINE_SUFFIX = ".blob"
 # With a free batch OpenVINO allocates outputs itself and copies them, and larger batches gain little or nothing.
 ENGINE_BATCH = 1
-DOMAIN = "restyle_deploy"
 
 _DEVICE = "CPU"
 _PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -72,26 +75,11 @@ def check_options(options: RunnerOptions) -> None:
         )
 
 
-def processors(device: str) -> tuple[str, ...]:
-    """Return this machine's processor."""
-    return (describe_processor(),)
-
-
-def plugin_hash() -> str | None:
-    """Return None: there is no kernel of ours for the CPU."""
-    return None
-
-
 def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
     """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
     refuse_engine_options("openvino", engine, ENGINE_OPTIONS)
     check_options(options)
     return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
-
-
-def check_graph(graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
-    """Return nothing: only building tells whether the library takes a graph."""
-    return {}
 
 
 def build(

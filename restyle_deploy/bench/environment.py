@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -59,14 +60,15 @@ def describe_environment() -> Environment:
         logical_cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
-        packages=_installed_versions(),
+        packages=installed_versions(PACKAGES),
         commit=_read_commit(Path(__file__).parents[2]),
     )
 
 
-def _installed_versions() -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of the packages that are installed, by name."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
