@@ -39,3 +39,7 @@ class ImageError(RestyleDeployError):
 
 class ReportError(RestyleDeployError):
     """A benchmark's report is missing, incomplete or of an unknown format, or cannot be written."""
+
+
+class MetricError(RestyleDeployError):
+    """A quality metric cannot be measured; the message names what is missing."""

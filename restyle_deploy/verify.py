@@ -27,19 +27,23 @@ _PATTERN_SIZE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """The largest absolute differences that pass, at any step."""
+    """The largest differences that pass, at any step.
+
+    `latents` and `images` are absolute, `layers` a share of the largest value of a layer's output.
+    """
 
     latents: float
     images: float
+    layers: float = 1e-4
 
 
 # By precision. Of latents beyond ±1, the shorter types' tolerance is a share of the largest, as their rounding is.
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
     {
         "fp32": Tolerance(latents=1e-4, images=1e-3),
-        "tf32": Tolerance(latents=1e-2, images=0.05),
-        "fp16": Tolerance(latents=2e-2, images=0.1),
-        "bf16": Tolerance(latents=2e-2, images=0.1),
+        "tf32": Tolerance(latents=1e-2, images=0.05, layers=2e-2),
+        "fp16": Tolerance(latents=2e-2, images=0.1, layers=2e-2),
+        "bf16": Tolerance(latents=2e-2, images=0.1, layers=0.1),
     }
 )
 
@@ -67,17 +71,29 @@ class Expectation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exceeding:
+    """A difference beyond its tolerance, at a step from 1 on, of `latents`, `images` or `current`."""
+
+    step: int
+    output: str
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parity:
     """The largest absolute differences from an expectation, per step, of a session of this precision.
 
     Attributes:
         latent_errors, image_errors: per step.
+        current_errors: per step, of the image that goes back into the encoder; empty where it was not compared.
         precision: of the session.
         largest_latent: absolute value, of the expectation.
     """
 
     latent_errors: tuple[float, ...]
     image_errors: tuple[float, ...]
+    current_errors: tuple[float, ...] = ()
     precision: str = EXACT_PRECISION
     largest_latent: float = 1.0
 
@@ -90,15 +106,31 @@ class Parity:
 
     @property
     def is_within_tolerance(self) -> bool:
-        """Whether latents and images keep to the tolerance at every step."""
-        latents_fit = all(error <= self.tolerance.latents for error in self.latent_errors)
-        return latents_fit and all(error <= self.tolerance.images for error in self.image_errors)
+        """Whether all outputs keep to the tolerance at every step."""
+        return self.first_exceeding is None
+
+    @property
+    def first_exceeding(self) -> Exceeding | None:
+        """The first difference beyond its tolerance, in the order in which a step computes its outputs."""
+        tolerance = self.tolerance
+        outputs = {
+            "latents": (self.latent_errors, tolerance.latents),
+            "images": (self.image_errors, tolerance.images),
+            "current": (self.current_errors, tolerance.images),
+        }
+        for step in range(len(self.latent_errors)):
+            for output, (errors, most) in outputs.items():
+                if errors and not errors[step] <= most:
+                    return Exceeding(step=step + 1, output=output, error=errors[step], tolerance=most)
+        return None
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values for a manifest or a report."""
+        """Return plain values for a manifest or a report; an error that is not finite is None."""
+        current = {"current_errors": _as_json(self.current_errors)} if self.current_errors else {}
         return {
-            "latent_errors": list(self.latent_errors),
-            "image_errors": list(self.image_errors),
+            "latent_errors": _as_json(self.latent_errors),
+            "image_errors": _as_json(self.image_errors),
+            **current,
             "latent_tolerance": self.tolerance.latents,
             "image_tolerance": self.tolerance.images,
         }
@@ -152,14 +184,27 @@ def compare_with_expectation(session: Session, expectation: Expectation) -> Pari
         VerificationError: the session gave NaN or infinity, or arrays of another shape.
     """
     result = session.invert(expectation.inputs, steps=expectation.steps, every_step=True)
-    pooled, crop = reduce_images(result.images)
+    return parity_with_expectation(
+        result.images, result.latents, expectation, precision=session.describe()["precision"]
+    )
+
+
+def parity_with_expectation(
+    images: NDArray[np.float32], latents: NDArray[np.float32], expectation: Expectation, *, precision: str
+) -> Parity:
+    """Return the largest differences of results, with a leading steps axis, at each step of an expectation.
+
+    Raises:
+        VerificationError: arrays of another shape.
+    """
+    pooled, crop = reduce_images(images)
     image_errors = map(
-        max, _largest_per_step(pooled, expectation.images_pooled), _largest_per_step(crop, expectation.images_crop)
+        max, largest_per_step(pooled, expectation.images_pooled), largest_per_step(crop, expectation.images_crop)
     )
     return Parity(
-        latent_errors=tuple(_largest_per_step(result.latents, expectation.latents)),
+        latent_errors=largest_per_step(latents, expectation.latents),
         image_errors=tuple(image_errors),
-        precision=session.describe()["precision"],
+        precision=precision,
         largest_latent=float(np.abs(expectation.latents).max()),
     )
 
@@ -177,8 +222,8 @@ def compare_with_reference(session: Session, inputs: NDArray[np.uint8], referenc
     """
     result = session.invert(inputs, steps=len(reference.latents), every_step=True)
     return Parity(
-        latent_errors=tuple(_largest_per_step(result.latents, reference.latents)),
-        image_errors=tuple(_largest_per_step(result.images, reference.images)),
+        latent_errors=largest_per_step(result.latents, reference.latents),
+        image_errors=largest_per_step(result.images, reference.images),
         precision=session.describe()["precision"],
         largest_latent=float(np.abs(reference.latents).max()),
     )
@@ -224,9 +269,25 @@ def verify_bundle(
         return compare_with_expectation(session, load_expectation(session.bundle.expectation))
 
 
-def _largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> list[float]:
+def largest_per_step(found: NDArray[np.float32], expected: NDArray[np.float32]) -> tuple[float, ...]:
+    """Return the largest absolute difference of each step, infinite where a value is not finite.
+
+    Raises:
+        VerificationError: arrays of different shapes.
+    """
     if found.shape != expected.shape:
         raise VerificationError(
             f"got results of {list(found.shape)}, the expectation holds {list(expected.shape)}; export the bundle again"
         )
-    return [float(np.abs(step - expected_step).max()) for step, expected_step in zip(found, expected, strict=True)]
+    return tuple(largest_difference(step, expected_step) for step, expected_step in zip(found, expected, strict=True))
+
+
+def largest_difference(found: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    """Return the largest absolute difference of two arrays of one shape, infinite where a value is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = float(np.abs(found.astype(np.float32, copy=False) - expected).max(initial=0))
+    return largest if np.isfinite(largest) else np.inf
+
+
+def _as_json(errors: tuple[float, ...]) -> list[float | None]:
+    return [error if np.isfinite(error) else None for error in errors]

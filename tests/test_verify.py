@@ -1,4 +1,6 @@
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from restyle_deploy.errors import BackendUnavailableError, BundleError, Verifica
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.verify import (
     TOLERANCES,
+    Exceeding,
     Expectation,
     Parity,
     Tolerance,
     check_parity,
     compare_with_expectation,
     create_inputs,
+    largest_per_step,
     load_expectation,
     reduce_images,
     save_expectation,
@@ -164,7 +168,10 @@ def test_images_are_reduced_to_block_means_and_centre(
 def test_every_precision_has_its_tolerance() -> None:
     assert set(TOLERANCES) == set(PRECISIONS)
     assert Tolerance(latents=1e-4, images=1e-3) == EXACT
-    assert all(EXACT.latents <= row.latents and EXACT.images <= row.images for row in TOLERANCES.values())
+    for row in TOLERANCES.values():
+        assert EXACT.latents <= row.latents
+        assert EXACT.images <= row.images
+        assert EXACT.layers <= row.layers
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -203,7 +210,7 @@ def test_parity_takes_the_tolerance_of_the_sessions_precision(
         parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
     largest = float(np.abs(load_expectation(toy_bundle / EXPECTATION).latents).max())
     row = TOLERANCES["bf16"]
-    assert parity.tolerance == Tolerance(latents=row.latents * max(1.0, largest), images=row.images)
+    assert parity.tolerance == replace(row, latents=row.latents * max(1.0, largest))
 
 
 def test_tolerance_of_a_short_precision_grows_with_the_latents() -> None:
@@ -260,3 +267,35 @@ def test_comparison_takes_as_many_steps_as_are_stored(toy_bundle: Path) -> None:
     )
     with Session.open(toy_bundle, threads=1) as session:
         assert len(compare_with_expectation(session, two).latent_errors) == 2
+
+
+@pytest.mark.parametrize(
+    ("latents", "images", "current", "step", "output"),
+    [
+        ((0.0, 1.0), (0.0, 1.0), (0.0, 1.0), 2, "latents"),
+        ((0.0, 1.0), (1.0, 1.0), (0.0, 1.0), 1, "images"),
+        ((0.0, 0.0), (0.0, 0.0), (0.0, 1.0), 2, "current"),
+        ((0.0, 0.0), (0.0, 1.0), (), 2, "images"),
+    ],
+)
+def test_first_difference_is_that_of_the_earliest_step_and_output(
+    latents: tuple[float, ...], images: tuple[float, ...], current: tuple[float, ...], step: int, output: str
+) -> None:
+    parity = Parity(latent_errors=latents, image_errors=images, current_errors=current)
+    tolerance = EXACT.latents if output == "latents" else EXACT.images
+    assert parity.first_exceeding == Exceeding(step=step, output=output, error=1.0, tolerance=tolerance)
+    assert not parity.is_within_tolerance
+
+
+def test_errors_that_are_not_finite_exceed_and_are_none_in_json() -> None:
+    expected = np.zeros((3, 1, 2), np.float32)
+    found = expected.copy()
+    found[1, 0, 1], found[2, 0, 0] = np.nan, np.inf
+    errors = largest_per_step(found, expected)
+    assert errors == (0.0, np.inf, np.inf)
+    parity = Parity(latent_errors=errors, image_errors=(0.0,) * 3, current_errors=(0.0,) * 3)
+    assert parity.first_exceeding is not None
+    assert parity.first_exceeding.step == 2
+    facts = json.loads(json.dumps(parity.as_json(), allow_nan=False))
+    assert facts["latent_errors"] == [0.0, None, None]
+    assert facts["current_errors"] == [0.0] * 3

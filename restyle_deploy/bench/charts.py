@@ -1,68 +1,65 @@
-"""Pictures: quality against latency, drawn from report.json alone, and strips that show an inversion step by step."""
+"""Charts drawn from report.json alone: quality against latency, and latency under load."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
-from restyle_deploy.backends.base import EXACT_PRECISION
+from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.libraries import require_bench_libraries
-from restyle_deploy.bench.measure import StepLatency
-from restyle_deploy.bench.quality import METRICS, ImageQuality, Metric
 from restyle_deploy.bench.report import Report, read_report
+from restyle_deploy.bench.series import (
+    LINEAR_UP_TO,
+    Point,
+    Series,
+    Style,
+    axis_label,
+    direction_of,
+    labels_of,
+    measured_metrics,
+    missing_note,
+    series_of,
+    style_of,
+    unsaid_words,
+)
 from restyle_deploy.files import replace_when_complete
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 CHART_NAME = "quality-latency"
-CHART_INCHES = (12.0, 4.6)
+LOAD_CHART_NAME = "load"
+COLUMNS = 3
+PANEL_INCHES = (4.2, 3.7)
+HEAD_INCHES = 0.6
+LINE_INCHES = 0.17
+CHARACTERS_PER_INCH = 14.0
 CHART_DPI = 150
-LEGEND_ANCHOR = (0.5, 0.955)
-LINE_COLOUR = "#0072B2"  # Okabe and Ito's blue: safe for colour-blind readers, dark enough in grey
-OTHER_COLOUR = "#D55E00"  # vermilion, of the same set
+NEAR = 0.09  # of the panel's sides
 TEXT_COLOUR = "#222222"
 FAINT_COLOUR = "#666666"
-LINEAR_UP_TO = 30.0  # longest over shortest latency; beyond, several lines need a logarithmic axis
-
-STRIP_CELL_PIXELS = 192
-STRIP_GAP_PIXELS = 8
-STRIP_CAPTION_PIXELS = 26
-STRIP_FONT_PIXELS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line of the chart; lines differ by marker and dash too, for those who print in grey.
-
-    Attributes:
-        label: for the legend.
-        points: step count, latency and quality of each point.
-        colour, marker, dash: as Matplotlib takes them.
-    """
-
-    label: str
-    points: tuple[tuple[int, StepLatency, ImageQuality], ...]
-    colour: str = LINE_COLOUR
-    marker: str = "o"
-    dash: str = "-"
+GRID_COLOUR = "#dddddd"
+MAX_STYLED = 10  # further lines are drawn faintly: more cannot be told apart
+MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v"}
 
 
 def draw_charts(report_path: Path, output: Path) -> list[Path]:
-    """Draw quality against latency, one labelled point per step count and one panel per metric.
+    """Draw quality against latency, one panel per metric, and latency under load where it was measured.
 
-    What else was measured in the same rounds has a line of its own: the exact session beside an approximate one, and
-    the reference model.
+    Each configuration has a line with one point per step count; so have the reference model and the exact session that
+    were measured beside them. Lines differ by colour, marker and dash. Metrics that did not run are named below.
 
     Args:
         report_path: a report.json; nothing else is read.
-        output: folder for `quality-latency.png` and `.svg`; created when missing.
+        output: folder for `quality-latency.png` and `.svg`, and `load.png` and `.svg`; created when missing.
     Returns:
         The files written.
     Raises:
@@ -70,170 +67,227 @@ def draw_charts(report_path: Path, output: Path) -> list[Path]:
         BackendUnavailableError: matplotlib is not installed.
     """
     require_bench_libraries()
-    from matplotlib.figure import Figure
-
     report = read_report(report_path)
-    lines = series_of(report)
-    figure = Figure(figsize=CHART_INCHES, dpi=CHART_DPI, layout="constrained")
-    # The legend has a line of its own below the title; the layout does not know of it.
-    figure.suptitle(_title(report) + ("\n " if len(lines) > 1 else ""), fontsize=13, color=TEXT_COLOUR)
-    panels = figure.subplots(1, len(METRICS))
-    for axes, metric in zip(panels, METRICS, strict=True):
-        _draw_panel(axes, metric, lines)
-    if len(lines) > 1:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=LEGEND_ANCHOR, ncols=len(lines), frameon=False
-        )
-    figure.supxlabel(_caption(report), fontsize=8.5, color=FAINT_COLOUR)
-    files = [output / f"{CHART_NAME}.{suffix}" for suffix in ("png", "svg")]
+    files = _save(_quality_figure(report), output / CHART_NAME)
+    if any(result.load for result in report.configurations):
+        files += _save(_load_figure(report), output / LOAD_CHART_NAME)
+    return files
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
     for file in files:
         with replace_when_complete(file) as temporary:
             figure.savefig(temporary)
     return files
 
 
-def draw_strip(target: NDArray[np.uint8], images: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
-    """Draw the input and then the steps in a row, each under its caption and all of one size.
-
-    Pixels are repeated a whole number of times where images are small, so that the strip shows nothing the model did
-    not render; images of another size than the target's are resampled to it.
-
-    Args:
-        target: uint8 [H, W, 3], the encoder's input.
-        images: captions and images, uint8 [h, w, 3].
-        path: a PNG file to write.
-    """
-    factor = -(-STRIP_CELL_PIXELS // min(target.shape[:2]))
-    height, width = target.shape[0] * factor, target.shape[1] * factor
-    cells = [("input", target), *images]
-    size = (
-        len(cells) * (width + STRIP_GAP_PIXELS) + STRIP_GAP_PIXELS,
-        height + STRIP_CAPTION_PIXELS + STRIP_GAP_PIXELS,
-    )
-    strip = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(STRIP_FONT_PIXELS)
-    for index, (caption, pixels) in enumerate(cells):
-        left = STRIP_GAP_PIXELS + index * (width + STRIP_GAP_PIXELS)
-        draw.text((left + width / 2, STRIP_CAPTION_PIXELS / 2), caption, fill=TEXT_COLOUR, font=font, anchor="mm")
-        strip.paste(_enlarge(pixels, target.shape[:2], factor), (left, STRIP_CAPTION_PIXELS))
-    with replace_when_complete(path) as temporary:
-        strip.save(temporary)
-
-
-def _enlarge(pixels: NDArray[np.uint8], shape: tuple[int, ...], factor: int) -> Image.Image:
-    image = Image.fromarray(pixels)
-    if pixels.shape[:2] != shape:
-        image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-    return image.resize((shape[1] * factor, shape[0] * factor), Image.Resampling.NEAREST)
-
-
-def series_of(report: Report) -> list[Series]:
-    """Return the lines of a report: what was measured, the exact session, the reference model."""
-    measured = tuple((row.steps, row.latency, row.quality) for row in report.rows)
-    exact = measured
-    lines = []
-    if report.exact is None:
-        lines.append(Series(label="this session", points=measured))
-    else:
-        exact = tuple((row.steps, row.latency, row.quality) for row in report.exact.rows)
-        lines.append(Series(label=_approximation(report), points=measured, colour=OTHER_COLOUR, marker="s", dash="--"))
-        lines.append(Series(label="exact (float32)", points=exact))
-    if report.against is not None:
-        reference = tuple(
-            (row.steps, row.latency, quality) for row, (_, _, quality) in zip(report.against.rows, exact, strict=True)
-        )
-        name = report.against.reference["library"]
-        ratios = [row.ratio.median for row in report.against.rows]
-        label = f"{name}: {min(ratios):.1f} to {max(ratios):.1f} times as long"
-        lines.append(Series(label=label, points=reference, colour=FAINT_COLOUR, marker="^", dash=":"))
-    return lines
-
-
-def _approximation(report: Report) -> str:
-    """Return what the session approximates, and at what cost."""
-    assert report.exact is not None
-    modes = [str(report.session["precision"])] if report.session["precision"] != EXACT_PRECISION else []
-    modes += ["preview steps"] if report.session["preview_steps"] else []
-    psnr_db = [row.difference.psnr_db for row in report.exact.rows if row.difference.psnr_db is not None]
-    image = f"{min(psnr_db):.1f} dB" if psnr_db else "equal images"
-    latent_error = max(row.difference.latent_error for row in report.exact.rows)
-    return f"{' and '.join(modes)}: at worst {image} from exact, latents {latent_error:.1e}"
-
-
-def _draw_panel(axes: Axes, metric: Metric, lines: Sequence[Series]) -> None:
-    """Draw one metric against latency; step counts at which it is infinite have no point."""
-    for line in lines:
-        _draw_line(axes, metric, line)
-    latencies = [latency for line in lines for _, latency, _ in line.points]
-    direction = "higher is better" if metric.higher_is_better else "lower is better"
-    axes.set_title(f"{metric.label}, {direction}", fontsize=11, color=TEXT_COLOUR)
-    axes.set_xlabel("latency per image, ms", color=TEXT_COLOUR)
-    medians = [latency.median_ms for latency in latencies]
-    if max(medians) > LINEAR_UP_TO * min(medians) and len(lines) > 1:
-        axes.set_xscale("log")
-        axes.set_xlim(min(medians) / 1.25, max(medians) * 1.5)
-    else:
-        # A bar that one disturbed call stretched may leave the frame; the points must not be squeezed for it.
-        axes.set_xlim(
-            0, max(1.25 * latency.median_ms + min(latency.iqr_ms, latency.median_ms) for latency in latencies)
-        )
-    axes.margins(y=0.15)
-    axes.grid(visible=True, color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_line(axes: Axes, metric: Metric, line: Series) -> None:
-    """Draw one line of a panel, each point with its step count."""
-    from matplotlib.patheffects import withStroke
-
-    shown = [
-        (steps, latency, getattr(quality, metric.name))
-        for steps, latency, quality in line.points
-        if getattr(quality, metric.name) is not None
+def _quality_figure(report: Report) -> Figure:
+    metrics, lines = measured_metrics(report), series_of(report)
+    panels = [partial(draw_panel, metric=metric, lines=lines) for metric in metrics]
+    title = f"{report.bundle.name}: quality against latency, by number of steps"
+    notes = [
+        f"Point: median of {report.settings.repeats} calls, mean of {report.settings.image_count} images; bars: "
+        "interquartile range, 95% bootstrap interval. Numbers: steps"
+        + (", of the points that none beats in both." if len(lines) > 2 else "."),
+        missing_note(report),
     ]
-    medians = np.array([latency.median_ms for _, latency, _ in shown])
-    quartiles = np.array([np.percentile(latency.samples_ms, (25, 75)) for _, latency, _ in shown]).reshape(-1, 2)
+    return _compose(report, title, labels=[line.label for line in lines], panels=panels, notes=notes)
+
+
+def _load_figure(report: Report) -> Figure:
+    title = f"{report.bundle.name}: latency under load"
+    notes = ["Calls arrive at random (Poisson), whether or not the former are done; waiting counts."]
+    panels = [partial(_draw_load, report=report, figure=figure) for figure in ("p50_ms", "p99_ms")]
+    names = labels_of([result.configuration for result in report.configurations])
+    labels = [names[result.configuration.name] for result in report.configurations if result.load]
+    return _compose(report, title, labels=labels, panels=panels, notes=notes)
+
+
+def _compose(
+    report: Report,
+    title: str,
+    *,
+    labels: Sequence[str],
+    panels: Sequence[Callable[[Axes], None]],
+    notes: Sequence[str | None],
+) -> Figure:
+    """Return a figure of panels in rows, with one legend of the labels and the notes below."""
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(COLUMNS, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    width = max(7.5, columns * PANEL_INCHES[0])
+    notes = [*notes, f"{report.environment.cpu}, {report.created[:10]}"]
+    text = "\n".join(fill(note, int(width * CHARACTERS_PER_INCH)) for note in notes if note)
+    legend_columns = max(1, int(width * 0.85 * CHARACTERS_PER_INCH) // (max(map(len, labels), default=1) + 12))
+    legend_rows = -(-min(len(labels), MAX_STYLED + 1) // legend_columns) if len(labels) > 1 else 0
+    heights = (
+        HEAD_INCHES,
+        rows * PANEL_INCHES[1],
+        0.1 + LINE_INCHES * 1.35 * legend_rows,
+        0.15 + LINE_INCHES * (text.count("\n") + 1),
+    )
+    figure = Figure(figsize=(width, sum(heights)), dpi=CHART_DPI, layout="constrained")
+    head, middle, legend, foot = figure.subfigures(4, 1, height_ratios=heights, squeeze=False)[:, 0]
+    configurations = [result.configuration for result in report.configurations]
+    head.text(0.5, 0.7, title, ha="center", va="center", fontsize=13, color=TEXT_COLOUR)
+    head.text(0.5, 0.25, unsaid_words(configurations), ha="center", va="center", fontsize=9.5, color=FAINT_COLOUR)
+    foot.text(0.5, 0.5, text, ha="center", va="center", fontsize=8.5, color=FAINT_COLOUR)
+    for index, draw in enumerate(panels, start=1):
+        draw(middle.add_subplot(rows, columns, index))
+    if not panels:
+        middle.text(0.5, 0.5, "no metric has a finite value", ha="center", color=FAINT_COLOUR)
+    handles = {
+        label: handle for axes in middle.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if len(handles) > 1:
+        legend.legend(handles.values(), handles.keys(), loc="center", ncols=legend_columns, frameon=False, fontsize=9.5)
+    return figure
+
+
+def draw_panel(axes: Axes, metric: MetricFacts, lines: Sequence[Series]) -> None:
+    """Draw one metric against latency; step counts at which it is infinite or missing have no point."""
+    shown = {line.name: [point for point in line.points if _mean(point, metric) is not None] for line in lines}
+    everything = [point for points in shown.values() for point in points]
+    for index, line in enumerate(lines):
+        _draw_line(axes, metric, line, shown[line.name], is_faint=index >= MAX_STYLED)
+    axes.set_title(f"{axis_label(metric)}, {direction_of(metric)}", fontsize=11, color=TEXT_COLOUR)
+    axes.set_xlabel("latency of a call, ms", color=TEXT_COLOUR)
+    _scale(axes, everything, is_log_allowed=len(lines) > 1)
+    _number_points(axes, metric, everything if len(lines) <= 2 else _front(everything, metric))
+
+
+def _draw_line(axes: Axes, metric: MetricFacts, line: Series, points: Sequence[Point], *, is_faint: bool) -> None:
+    medians = np.array([point.latency.median_ms for point in points])
+    means = np.array([_mean(point, metric) for point in points], dtype=float)
+    quartiles = np.array([np.percentile(point.latency.samples_ms, (25, 75)) for point in points]).reshape(-1, 2)
+    bounds = np.array([_interval(point, metric) for point in points], dtype=float).reshape(-1, 2)
     axes.errorbar(
         medians,
-        [value for _, _, value in shown],
+        means,
         xerr=np.abs(quartiles - medians[:, None]).T,
-        marker=line.marker,
-        linestyle=line.dash,
-        markersize=7,
-        linewidth=1.6,
-        capsize=3.5,
-        color=line.colour,
-        ecolor=TEXT_COLOUR,
-        elinewidth=1.2,
-        label=line.label,
+        yerr=np.abs(bounds - means[:, None]).T,
+        ecolor="#00000030",
+        elinewidth=0.9,
+        capsize=1.5,
+        label="others" if is_faint else line.label,
+        **_strokes(line.style, is_faint=is_faint),
     )
-    # Curves that fall flatten out above their tangents, those that rise below: the free side is to the right.
-    offset, alignment = ((6, -6), "top") if metric.higher_is_better else ((6, 6), "bottom")
-    for index, (steps, latency, value) in enumerate(shown, start=1):
-        unit = "" if index < len(shown) else " step" if steps == 1 else " steps"
+
+
+def _strokes(style: Style, *, is_faint: bool = False) -> dict[str, Any]:
+    """Return a style in Matplotlib's words."""
+    return {
+        "color": "#bbbbbb" if is_faint else style.colour,
+        "marker": MARKERS[style.shape],
+        "linestyle": (0, style.dash) if style.dash else "-",
+        "markersize": 3.5 if is_faint else 6,
+        "linewidth": 1.0 if is_faint else 1.6,
+        "zorder": 2 if is_faint else 3,
+    }
+
+
+def _number_points(axes: Axes, metric: MetricFacts, points: Sequence[Point]) -> None:
+    """Write the step counts at the points, on the free side: a front has all others behind it.
+
+    Of neighbours with the same number, only the first has it written.
+    """
+    from matplotlib.patheffects import withStroke
+
+    offset, alignment = ((-5, 5), "bottom") if metric.higher_is_better else ((-5, -5), "top")
+    within_axes = axes.transData + axes.transAxes.inverted()
+    written: list[tuple[int, NDArray[np.float64]]] = []
+    for point in points:
+        place = within_axes.transform((point.latency.median_ms, _mean(point, metric) or 0.0))
+        if any(steps == point.steps and np.abs(place - other).max() < NEAR for steps, other in written):
+            continue
+        written.append((point.steps, place))
         axes.annotate(
-            f"{steps}{unit}",
-            (latency.median_ms, value),
+            str(point.steps),
+            (point.latency.median_ms, _mean(point, metric) or 0.0),
             xytext=offset,
             textcoords="offset points",
+            ha="right",
             va=alignment,
             color=TEXT_COLOUR,
             fontweight="bold",
-            fontsize=10,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
+            fontsize=9,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
 
 
-def _title(report: Report) -> str:
-    where = " on ".join(str(report.session[key]) for key in ("backend", "device") if key in report.session)
-    return f"{report.bundle.name}: quality against latency, by number of steps ({where})"
+def _front(points: Sequence[Point], metric: MetricFacts) -> list[Point]:
+    """Return the points that are better than all that are faster."""
+    sign = 1 if metric.higher_is_better else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda item: (item.latency.median_ms, -sign * (_mean(item, metric) or 0.0))):
+        if not front or sign * (_mean(point, metric) or 0.0) > sign * (_mean(front[-1], metric) or 0.0):
+            front.append(point)
+    return front
 
 
-def _caption(report: Report) -> str:
-    environment, settings = report.environment, report.settings
+def _scale(axes: Axes, points: Sequence[Point], *, is_log_allowed: bool) -> None:
+    medians = [point.latency.median_ms for point in points]
+    if is_log_allowed and max(medians) > LINEAR_UP_TO * min(medians):
+        axes.set_xscale("log")
+        axes.set_xlim(min(medians) / 1.3, max(medians) * 1.3)
+        _use_plain_ticks(axes.xaxis, max(medians) / min(medians))
+    else:
+        # A bar that one disturbed call stretched may leave the frame; the points must not be squeezed for it.
+        axes.set_xlim(
+            0,
+            max(
+                1.15 * median + min(point.latency.iqr_ms, median) for median, point in zip(medians, points, strict=True)
+            ),
+        )
+    axes.margins(y=0.12)
+    _decorate(axes)
+
+
+def _use_plain_ticks(axis: Axis, ratio: float) -> None:
+    """Write the ticks of a logarithmic axis as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _decorate(axes: Axes) -> None:
+    axes.grid(visible=True, color=GRID_COLOUR, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_load(axes: Axes, report: Report, figure: str) -> None:
+    """Draw one figure of the latency against the rate of arrivals; styles are those of the other chart."""
+    labels = labels_of([result.configuration for result in report.configurations])
+    styles = {line.name: line.style for line in series_of(report)}
+    for index, result in enumerate(report.configurations):
+        if result.load:
+            name = result.configuration.name
+            rates = [point.rate_per_s for point in result.load]
+            times = [getattr(point, figure) for point in result.load]
+            axes.plot(rates, times, label=labels[name], **_strokes(styles.get(name, style_of(index))))
+    everything = [getattr(point, figure) for result in report.configurations for point in result.load]
+    axes.set_yscale("log")
+    _use_plain_ticks(axes.yaxis, max(everything) / min(everything))
+    axes.set_title(f"{figure.removesuffix('_ms')} from arrival to end, ms", fontsize=11, color=TEXT_COLOUR)
+    axes.set_xlabel("arrivals per second", color=TEXT_COLOUR)
+    axes.set_xlim(left=0)
+    _decorate(axes)
+
+
+def _mean(point: Point, metric: MetricFacts) -> float | None:
+    aggregate = point.quality.get(metric.name)
+    return aggregate.mean if aggregate is not None else None
+
+
+def _interval(point: Point, metric: MetricFacts) -> tuple[float | None, float | None]:
+    """Return the bounds of the mean; the mean itself where there are none."""
+    aggregate = point.quality[metric.name]
     return (
-        f"Point: median of {settings.repeats} calls at batch {settings.batch}; bar: interquartile "
-        f"range. Quality: mean of {settings.image_count} images. {environment.cpu}, {report.created[:10]}"
+        aggregate.mean if aggregate.low is None else aggregate.low,
+        aggregate.mean if aggregate.high is None else aggregate.high,
     )

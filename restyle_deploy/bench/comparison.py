@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.bench.measure import StepLatency
-from restyle_deploy.bench.quality import DATA_RANGE, ImageQuality
+from restyle_deploy.bench.figures import Aggregate, StepLatency
 from restyle_deploy.runtime.session import InversionResult
+
+DATA_RANGE = 2.0  # of values in [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactRow:
-    """One step count of the exact session, and how far the approximate one is from it."""
+    """One step count of the exact session, its quality by metric, and how far the approximate one is from it."""
 
     steps: int
     latency: StepLatency
     ratio: Ratio
-    quality: ImageQuality
+    quality: dict[str, Aggregate]
     difference: Difference
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from restyle_deploy.bench.gpu_monitor import GpuFacts, list_gpus
+from restyle_deploy.bench.machine import read_governor
 from restyle_deploy.processor import describe_processor, usable_cores
 
 PACKAGES = (
@@ -15,6 +17,9 @@ PACKAGES = (
     "numpy",
     "pillow",
     "scikit-image",
+    "torchmetrics",
+    "lpips",
+    "dlib-bin",
     "matplotlib",
     "onnx",
     "onnxruntime",
@@ -22,6 +27,7 @@ PACKAGES = (
     "openvino",
     "tensorrt",
     "tensorrt-rtx",
+    "cuda-core",
     "torch",
 )
 
@@ -39,6 +45,9 @@ class Environment:
         load_average: mean number of running processes over the last 1, 5 and 15 minutes.
         packages: versions of the installed packages among `PACKAGES`.
         commit: of the project, when it runs from a git checkout; "-dirty" is added when tracked files are modified.
+        governor: how Linux chooses the cores' clocks; "performance" is the one to measure under.
+        memory_bytes: of the host.
+        gpus: NVIDIA's, as their driver describes them.
     """
 
     python: str
@@ -49,6 +58,9 @@ class Environment:
     load_average: tuple[float, ...] | None
     packages: dict[str, str]
     commit: str | None
+    governor: str | None = None
+    memory_bytes: int | None = None
+    gpus: tuple[GpuFacts, ...] = ()
 
 
 def describe_environment() -> Environment:
@@ -62,6 +74,9 @@ def describe_environment() -> Environment:
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         packages=installed_versions(PACKAGES),
         commit=_read_commit(Path(__file__).parents[2]),
+        governor=read_governor(),
+        memory_bytes=_read_memory_bytes(),
+        gpus=list_gpus(),
     )
 
 
@@ -74,6 +89,15 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _read_memory_bytes() -> int | None:
+    """Return the host's memory; None where psutil, which a benchmark needs, is not installed."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return None
+    return int(psutil.virtual_memory().total)
 
 
 def _read_commit(root: Path) -> str | None:

@@ -1,22 +1,26 @@
-"""Quality over all images for each step count, and the strips that show it."""
+"""Quality over all images for each step count, and the pictures that show it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.bench.charts import draw_strip
 from restyle_deploy.bench.comparison import Difference, difference_of, worst_of
-from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality
+from restyle_deploy.bench.metrics import MetricSet
+from restyle_deploy.bench.strips import write_step_images
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import pool_images, uint8_from_images
 from restyle_deploy.runtime.session import InversionResult, Session
 
-STRIPS_FOLDER = "strips"
 MAX_QUALITY_BATCH = 8
 KEPT_IMAGES_BYTES = 256 * 2**20  # of one batch, every step
+
+Values = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,28 +28,46 @@ class StepResults:
     """What the inversions of all images came to at one step count.
 
     Attributes:
-        quality: of the session's images, at the encoder's input size.
-        exact_quality: of the exact session's, where there is one.
+        values: by metric, one per image, of the session's images at the encoder's input size; infinite or NaN as the
+            metric says.
+        exact_values: of the exact session's, where there is one.
         difference: of the session from the exact one.
     """
 
-    quality: Quality
-    exact_quality: Quality | None
+    values: Values
+    exact_values: Values
     difference: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Which images' steps are written as pictures, and where.
+
+    Attributes:
+        folder: where report.json will be.
+        configuration: its name.
+        names: of all images; the first `count` are written.
+        count: of them.
+    """
+
+    folder: Path
+    configuration: str
+    names: tuple[str, ...]
+    count: int
 
 
 @dataclass(kw_only=True)
 class _Collected:
     """Results of one step count, batch by batch."""
 
-    quality: list[ImageQuality] = field(default_factory=list)
-    exact_quality: list[ImageQuality] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    exact_values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     differences: list[Difference] = field(default_factory=list)
 
     def as_results(self) -> StepResults:
         return StepResults(
-            quality=Quality(per_image=tuple(self.quality)),
-            exact_quality=Quality(per_image=tuple(self.exact_quality)) if self.exact_quality else None,
+            values={name: tuple(column) for name, column in self.values.items()},
+            exact_values={name: tuple(column) for name, column in self.exact_values.items()},
             difference=worst_of(self.differences) if self.differences else None,
         )
 
@@ -53,24 +75,22 @@ class _Collected:
 def measure_inversions(
     session: Session,
     targets: NDArray[np.float32],
-    names: Sequence[str],
-    output: Path,
     *,
     steps: tuple[int, ...],
     exact: Session | None,
-    strip_count: int,
+    metrics: MetricSet,
+    pictures: Pictures,
     tick: Callable[[int], None],
 ) -> dict[int, StepResults]:
-    """Invert all images, compare each step count's with the targets and with the exact session's; draw the strips.
+    """Invert all images, compare each step count's with the targets and with the exact session's; write pictures.
 
     Args:
         session: an open session.
         targets: [N, 3, h, w] float32, of the encoder's size.
-        names: of the images.
-        output: folder of the strips.
         steps: step counts, rising.
         exact: where the session is approximate.
-        strip_count: strips are drawn for the first so many images.
+        metrics: opened for the encoder's size.
+        pictures: which are written.
         tick: told the refinement steps done.
     """
     config = session.bundle.config
@@ -78,21 +98,16 @@ def measure_inversions(
     batch = quality_batch(config, steps[-1])
     for first in range(0, len(targets), batch):
         part = targets[first : first + batch]
-        shown = []
+        shown = {}
         exact_results = _results_by_step(exact, part, steps, tick) if exact else iter([None] * len(steps))
         for count, result, exact_result in zip(
             steps, _results_by_step(session, part, steps, tick), exact_results, strict=True
         ):
-            into = collected[count]
-            shown.append(pool_images(result.images, config.input_shape))
-            into.quality.extend(measure_quality(shown[-1], part).per_image)
+            shown[count] = _compare(collected[count].values, metrics, result, part, config)
             if exact_result is not None:
-                exact_images = pool_images(exact_result.images, config.input_shape)
-                into.exact_quality.extend(measure_quality(exact_images, part).per_image)
-                into.differences.append(difference_of(result, exact_result))
-        for index in range(min(len(part), max(0, strip_count - first))):
-            path = output / STRIPS_FOLDER / f"{names[first + index]}.png"
-            _draw_strip(part[index], [images[index] for images in shown], steps, path)
+                _compare(collected[count].exact_values, metrics, exact_result, part, config)
+                collected[count].differences.append(difference_of(result, exact_result))
+        _write_pictures(pictures, first, part, shown)
     return {count: results.as_results() for count, results in collected.items()}
 
 
@@ -122,9 +137,28 @@ def _results_by_step(
         yield InversionResult(images=result.images[count - 1], latents=result.latents[count - 1])
 
 
-def _draw_strip(
-    target: NDArray[np.float32], images: Sequence[NDArray[np.float32]], steps: tuple[int, ...], path: Path
+def _compare(
+    into: dict[str, list[float]],
+    metrics: MetricSet,
+    result: InversionResult,
+    targets: NDArray[np.float32],
+    config: ModelConfig,
+) -> NDArray[np.float32]:
+    """Add each image's values; return the images at the encoder's size."""
+    pooled = pool_images(result.images, config.input_shape)
+    for name, values in metrics.measure(pooled, targets).items():
+        into[name].extend(map(float, values))
+    return pooled
+
+
+def _write_pictures(
+    pictures: Pictures, first: int, targets: NDArray[np.float32], shown: dict[int, NDArray[np.float32]]
 ) -> None:
-    """Draw a strip of the input [3, h, w] and the step counts' images [3, h, w]."""
-    captions = [f"step {count}" for count in steps]
-    draw_strip(uint8_from_images(target), list(zip(captions, uint8_from_images(np.stack(images)), strict=True)), path)
+    for index in range(min(len(targets), max(0, pictures.count - first))):
+        write_step_images(
+            pictures.folder,
+            pictures.configuration,
+            pictures.names[first + index],
+            uint8_from_images(targets[index]),
+            {count: uint8_from_images(images[index]) for count, images in shown.items()},
+        )

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from restyle_deploy.errors import BackendUnavailableError
 
-DISTRIBUTIONS = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
+DISTRIBUTIONS = {"skimage": "scikit-image", "matplotlib": "matplotlib", "psutil": "psutil"}
 # What a session can be measured against.
 REFERENCES = ("torch",)
 # What rebuilds and runs the reference model.

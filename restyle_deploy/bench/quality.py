@@ -1,114 +1,140 @@
-"""How near an inversion comes to its target: MSE, PSNR and SSIM, by scikit-image."""
+"""Quality over all images: aggregates with bootstrap intervals, and what more steps bring."""
 
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.bench.libraries import require_bench_libraries
+from restyle_deploy.bench.figures import Aggregate, Gain, MetricFacts
+from restyle_deploy.bench.metrics.base import Metric
 
-DATA_RANGE = 2.0  # of values in [-1, 1]
-SSIM_SIGMA = 1.5
-SSIM_WINDOW = 11
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a metric is named and read.
-
-    Attributes:
-        name: the field of `ImageQuality`.
-        label: for tables and charts.
-        decimals: that are worth showing.
-        higher_is_better: the direction of improvement.
-    """
-
-    name: str
-    label: str
-    decimals: int
-    higher_is_better: bool
+RESAMPLES = 5000
+CONFIDENCE = 0.95
+_DRAWS_AT_ONCE = 2**20  # bounds the memory: 16 MB
 
 
-METRICS = (
-    Metric(name="mse", label="MSE", decimals=4, higher_is_better=False),
-    Metric(name="psnr_db", label="PSNR (dB)", decimals=2, higher_is_better=True),
-    Metric(name="ssim", label="SSIM", decimals=3, higher_is_better=True),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageQuality:
-    """Distance of an image from its target, or the mean of several.
-
-    Attributes:
-        mse: mean squared error on [-1, 1], of values as the model gives them (not clipped), as upstream's loss counts
-            it; 0 to infinity, lower is better.
-        psnr_db: peak signal-to-noise ratio, peak to peak 2, of values clipped to [-1, 1] as in the pictures that are
-            saved; decibels, higher is better. `None` for equal images, where it is infinite; so is a mean with one.
-        ssim: structural similarity per channel, then averaged, of clipped values (shifted to [0, 2], as it is defined
-            for intensities); -1 to 1, higher is better. Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
-    """
-
-    mse: float
-    psnr_db: float | None
-    ssim: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Distances of a set of images from their targets, in the order of the images; at least one."""
-
-    per_image: tuple[ImageQuality, ...]
-
-    @property
-    def mean(self) -> ImageQuality:
-        """Mean over the images."""
-        psnr_db = [image.psnr_db for image in self.per_image if image.psnr_db is not None]
-        return ImageQuality(
-            mse=float(np.mean([image.mse for image in self.per_image])),
-            psnr_db=float(np.mean(psnr_db)) if len(psnr_db) == len(self.per_image) else None,
-            ssim=float(np.mean([image.ssim for image in self.per_image])),
-        )
-
-
-def measure_quality(images: NDArray[np.float32], targets: NDArray[np.float32]) -> Quality:
-    """Compare images with their targets.
+def aggregate(values: Sequence[float | None] | NDArray[np.float64], *, seed: int = 0) -> Aggregate:
+    """Summarise a metric's values over the images.
 
     Args:
-        images: [N, 3, H, W] float32, about [-1, 1]; N at least 1. Larger images: `images.pool_images` first.
-        targets: the same shape, in [-1, 1].
-    Raises:
-        ValueError: the shapes differ, or there is no image.
-        BackendUnavailableError: scikit-image is not installed.
+        values: one per image; NaN or `None` where there is none, which is left out. Infinite ones (the PSNR of equal
+            images) count: figures that they make infinite are `None`.
+        seed: of the bootstrap; the same values and seed give the same interval.
+    Returns:
+        Percentiles are interpolated between images. The interval is the percentile bootstrap's (Efron 1979) of 5000
+        resamples, 95 %; `None` for less than two images, of which one cannot tell.
     """
-    if images.shape != targets.shape or images.ndim != 4 or len(images) == 0:
-        raise ValueError(
-            f"got images {list(images.shape)} and targets {list(targets.shape)}; expected [N, 3, H, W] for both, N >= 1"
-        )
-    require_bench_libraries()
-    pairs = zip(images.astype(np.float64), targets.astype(np.float64), strict=True)
-    return Quality(per_image=tuple(_compare(image, target) for image, target in pairs))
-
-
-def _compare(image: NDArray[np.float64], target: NDArray[np.float64]) -> ImageQuality:
-    """Compare two images [3, H, W]."""
-    metrics: Any = import_module("skimage.metrics")  # its functions are not typed
-    shown, shown_target = image.clip(-1, 1) + 1, target.clip(-1, 1) + 1
-    side = min(image.shape[-2:])
-    ssim = metrics.structural_similarity(
-        shown,
-        shown_target,
-        channel_axis=0,
-        data_range=DATA_RANGE,
-        gaussian_weights=True,
-        sigma=SSIM_SIGMA,
-        use_sample_covariance=False,
-        # The Gaussian always has 11 taps; the border that is left out shrinks for images smaller than that.
-        win_size=min(SSIM_WINDOW, side - 1 + side % 2),
+    present = _present(values)
+    if not len(present):
+        return Aggregate(mean=None, median=None, p5=None, p95=None, low=None, high=None, count=0)
+    with np.errstate(invalid="ignore"):  # between a finite and an infinite value there is none to interpolate
+        p5, median, p95 = np.percentile(present, (5, 50, 95))
+    low, high = bootstrap_interval(present, seed=seed)
+    return Aggregate(
+        mean=_finite(present.mean()),
+        median=_finite(median),
+        p5=_finite(p5),
+        p95=_finite(p95),
+        low=low,
+        high=high,
+        count=int(np.isfinite(present).sum()),
     )
-    psnr_db = None
-    if not np.array_equal(shown, shown_target):
-        psnr_db = float(metrics.peak_signal_noise_ratio(shown_target, shown, data_range=DATA_RANGE))
-    return ImageQuality(mse=float(metrics.mean_squared_error(image, target)), psnr_db=psnr_db, ssim=float(ssim))
+
+
+def bootstrap_interval(values: NDArray[np.float64], *, seed: int = 0) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of the mean, by resampling; `None` for less than two values or infinite ones."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None, None
+    random = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // len(values))
+    means = [
+        values[random.integers(len(values), size=(min(at_once, RESAMPLES - first), len(values)))].mean(axis=1)
+        for first in range(0, RESAMPLES, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(means), (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)))
+    return float(low), float(high)
+
+
+def gain_between(
+    before: Sequence[float | None] | NDArray[np.float64],
+    after: Sequence[float | None] | NDArray[np.float64],
+    *,
+    metric: Metric | MetricFacts,
+    from_steps: int,
+    to_steps: int,
+    seed: int = 0,
+) -> Gain:
+    """Return what more steps bring: image by image, positive where it is an improvement, with its interval.
+
+    Args:
+        before, after: values of the same images in the same order, as for `aggregate`; an image without a value in one
+            of them is left out. From infinite to infinite there is no gain.
+        metric: says which direction is an improvement.
+        from_steps, to_steps: neighbouring step counts.
+        seed: of the bootstrap.
+    """
+    first, second = _as_array(before), _as_array(after)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(first == second, 0.0, second - first)
+    improvements = _present(difference if metric.higher_is_better else -difference)
+    low, high = bootstrap_interval(improvements, seed=seed)
+    return Gain(
+        metric=metric.name,
+        from_steps=from_steps,
+        to_steps=to_steps,
+        gain=_finite(improvements.mean()) if len(improvements) else None,
+        low=low,
+        high=high,
+    )
+
+
+def gains_of(
+    per_image: Mapping[int, Mapping[str, Sequence[float | None]]], metrics: Iterable[Metric | MetricFacts]
+) -> tuple[Gain, ...]:
+    """Return the gains between neighbouring step counts, metric by metric.
+
+    Args:
+        per_image: values by step count and metric, as in the rows of a report.
+        metrics: those to look at; one without values at two neighbouring step counts is passed over.
+    """
+    steps = sorted(per_image)
+    return tuple(
+        gain_between(
+            per_image[first][metric.name],
+            per_image[second][metric.name],
+            metric=metric,
+            from_steps=first,
+            to_steps=second,
+        )
+        for metric in metrics
+        for first, second in zip(steps, steps[1:], strict=False)
+        if metric.name in per_image[first] and metric.name in per_image[second]
+    )
+
+
+def settled_steps(gains: Iterable[Gain]) -> dict[str, int]:
+    """Return, by metric, the first step count from which the next gain is not above the width of its own interval.
+
+    More steps than that bring less than what one can tell from these images. A metric is absent where every gain is
+    above, or cannot be told.
+    """
+    settled: dict[str, int] = {}
+    for gain in sorted(gains, key=lambda gain: gain.from_steps):
+        if gain.gain is None or gain.low is None or gain.high is None:
+            continue
+        if gain.gain <= gain.high - gain.low:
+            settled.setdefault(gain.metric, gain.from_steps)
+    return settled
+
+
+def _as_array(values: Sequence[float | None] | NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def _present(values: Sequence[float | None] | NDArray[np.float64]) -> NDArray[np.float64]:
+    array = _as_array(values)
+    return array[~np.isnan(array)]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,18 +1,23 @@
-"""report.json: everything that was measured and where, enough to draw all charts from."""
+"""report.json: everything that was measured and where, enough to draw all charts and pages from."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from restyle_deploy.bench.comparison import Against, Exact, Ratio
+from restyle_deploy.bench.comparison import Against, Exact
 from restyle_deploy.bench.environment import Environment
-from restyle_deploy.bench.measure import UNSTABLE_ABOVE, StepLatency
+from restyle_deploy.bench.figures import Aggregate as Aggregate
+from restyle_deploy.bench.figures import Gain as Gain
+from restyle_deploy.bench.figures import LoadPoint as LoadPoint
+from restyle_deploy.bench.figures import Memory as Memory
+from restyle_deploy.bench.figures import MetricFacts as MetricFacts
+from restyle_deploy.bench.figures import StepLatency as StepLatency
 from restyle_deploy.bench.parsing import parse
-from restyle_deploy.bench.quality import METRICS, ImageQuality
 from restyle_deploy.errors import ReportError
 from restyle_deploy.files import replace_when_complete
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,67 +32,153 @@ class BundleFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for: images per call, calls before and during the measurement, images, step counts (rising)."""
+    """What was asked for.
 
-    batch: int
+    Attributes:
+        steps: step counts, rising.
+        warmup, repeats: calls before the measurement, at least; measured calls.
+        image_count, image_names: that quality was counted over, in the order of `Row.per_image`.
+        time_budget_s: seconds that the whole bench might take.
+    """
+
+    steps: tuple[int, ...]
     warmup: int
     repeats: int
     image_count: int
-    steps: tuple[int, ...]
+    image_names: tuple[str, ...]
+    time_budget_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedQuality:
-    """The quality of one image."""
+class Configuration:
+    """One way to run the bundle; what `Session.open` is told, and the images of one call."""
 
-    name: str
-    quality: ImageQuality
+    backend: str
+    device: str = "cpu"
+    precision: str = "fp32"
+    plan: Literal["engine", "plain"] = "engine"
+    preview_steps: bool = False
+    batch: int = 1
+    threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique within a report and usable as a file's name, such as "onnxruntime-cpu-fp32-engine-b1"."""
+        parts = [self.backend, self.device.replace(":", ""), self.precision, self.plan]
+        parts += ["preview"] if self.preview_steps else []
+        parts += [f"b{self.batch}"]
+        parts += [f"t{self.threads}"] if self.threads is not None else []
+        return "-".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One step count: latency of a whole call, mean quality, and quality per image."""
+    """One step count of a configuration.
+
+    Attributes:
+        steps: of one call.
+        latency: of a whole call, of `Configuration.batch` images.
+        throughput: images per second.
+        stages: median milliseconds of each stage of a call, by its name, in their order.
+        quality: by metric, over all images.
+        per_image: by metric, in the order of `Settings.image_names`; `None` for infinite or missing values.
+    """
 
     steps: int
     latency: StepLatency
-    quality: ImageQuality
-    images: tuple[NamedQuality, ...]
+    throughput: float
+    stages: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, Aggregate] = field(default_factory=dict)
+    per_image: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigurationResult:
+    """What came of one configuration; a failed or skipped one has a reason and may have no rows.
+
+    Attributes:
+        session: as the session describes itself.
+        parity: largest differences from the reference model.
+        rows: one per step count, rising.
+        gains: between neighbouring step counts.
+        settled_at_steps: by metric, the steps at which the gain falls below the interval's width; absent: not yet.
+        against, exact: the reference model and the exact session, where they were measured in the same rounds.
+        opening_ms: from the files to a session that is ready.
+        machine: what was seen of clocks, temperature and other processes while it was measured.
+    """
+
+    configuration: Configuration
+    status: Literal["ok", "failed", "skipped"]
+    reason: str | None = None
+    session: dict[str, object] | None = None
+    parity: dict[str, object] | None = None
+    rows: tuple[Row, ...] = ()
+    gains: tuple[Gain, ...] = ()
+    settled_at_steps: dict[str, int] = field(default_factory=dict)
+    against: Against | None = None
+    exact: Exact | None = None
+    opening_ms: float | None = None
+    memory: Memory | None = None
+    load: tuple[LoadPoint, ...] = ()
+    machine: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What to deploy, for a budget and for quality not below minimums.
+
+    Attributes:
+        configuration, steps: `None` where nothing meets them.
+        budget_ms: latency of one call, at most.
+        minimums: by metric (a maximum where lower is better).
+        reason: one sentence.
+        pareto: configuration names and step counts that nothing beats in both latency and quality.
+    """
+
+    configuration: str | None
+    steps: int | None
+    budget_ms: float | None
+    minimums: dict[str, float]
+    reason: str
+    pareto: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A benchmark's result.
+    """A benchmark's result: `created` is UTC, ISO 8601; `metrics` are in the order of tables, missing ones included."""
 
-    Attributes:
-        created: UTC, ISO 8601.
-        environment: the machine and its software.
-        bundle: what was measured.
-        session: backend, device, threads and library versions, as the session describes itself.
-        parity: largest differences from the reference model, of the exact session where the measured one is
-            approximate; within tolerance, or there is no report.
-        settings: what was asked for.
-        rows: one per step count, rising; at least one.
-        against: the reference model, where it was measured too.
-        exact: the exact session, where the measured one is approximate.
-        format_version: of the file.
-    """
-
+    format_version: int = FORMAT_VERSION
     created: str
     environment: Environment
     bundle: BundleFacts
-    session: dict[str, object]
-    parity: dict[str, object]
     settings: Settings
-    rows: tuple[Row, ...]
-    against: Against | None = None
-    exact: Exact | None = None
+    metrics: tuple[MetricFacts, ...]
+    configurations: tuple[ConfigurationResult, ...]
+    decision: Decision | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One configuration's share of a report, as its process leaves it.
+
+    Attributes:
+        key: what it depends on (bundle, images, settings), so that `--resume` takes no part of another benchmark.
+    """
+
     format_version: int = FORMAT_VERSION
+    key: str
+    metrics: tuple[MetricFacts, ...]
+    result: ConfigurationResult
 
 
 def write_report(report: Report, path: Path) -> None:
     """Write report.json; an interrupted write leaves the former file."""
-    with replace_when_complete(path) as temporary:
-        temporary.write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _write(report, path)
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Write a configuration's part; an interrupted write leaves the former file."""
+    _write(part, path)
 
 
 def read_report(path: Path) -> Report:
@@ -96,6 +187,22 @@ def read_report(path: Path) -> Report:
     Raises:
         ReportError: the file cannot be read, is of another format version, or lacks fields (all are named).
     """
+    report: Report = _read(Report, path)
+    return report
+
+
+def read_part(path: Path) -> Part:
+    """Read a configuration's part; raises `ReportError` like `read_report`."""
+    part: Part = _read(Part, path)
+    return part
+
+
+def _write(content: Report | Part, path: Path) -> None:
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(json.dumps(asdict(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read(kind: type[Any], path: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -109,83 +216,39 @@ def read_report(path: Path) -> Report:
             "make the report anew: restyle-deploy bench BUNDLE IMAGES -o DIR"
         )
     problems: list[str] = []
-    report: Report = parse(Report, content, "report", problems)
+    parsed = parse(kind, content, kind.__name__.lower(), problems)
     if not problems:
-        problems += _check_rows(report)
+        problems = _check_report(parsed) if kind is Report else _check_result(parsed.result, None)
     if problems:
-        raise ReportError(f"{path}: not a complete report: {'; '.join(problems)}")
-    return report
+        raise ReportError(f"{path}: not a complete {kind.__name__.lower()}: {'; '.join(problems)}")
+    return parsed
 
 
-def format_table(report: Report) -> str:
-    """Return a plain-text table: a line per step count, latency relative to the first line's."""
-    header = ["steps", "median ms", "p95 ms", "relative", *(metric.label for metric in METRICS)]
-    lines = [header] + [_table_cells(row, report.rows[0]) for row in report.rows]
-    for columns in (_exact_columns(report), _against_columns(report)):
-        lines = [line + more for line, more in zip(lines, columns, strict=True)] if columns else lines
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    compared = [row for part in (report.exact, report.against) if part is not None for row in part.rows]
-    if any(row.latency.unstable for row in (*report.rows, *compared)):
-        text.append(f"! unstable: interquartile range above {UNSTABLE_ABOVE:.0%} of the median")
-    return "\n".join(text)
+def _check_report(report: Report) -> list[str]:
+    """Return what is wrong with a whole report."""
+    names = [result.configuration.name for result in report.configurations]
+    problems = ["no configurations"] if not names else []
+    problems += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for result in report.configurations:
+        problems += _check_result(result, len(report.settings.image_names))
+    return problems
 
 
-def _table_cells(row: Row, first: Row) -> list[str]:
-    ratio = row.latency.median_ms / first.latency.median_ms
-    quality = [getattr(row.quality, metric.name) for metric in METRICS]
-    return [
-        str(row.steps),
-        _median(row.latency),
-        f"{row.latency.p95_ms:.2f}",
-        f"x{ratio:.2f}",
-        *(_decimals(value, metric.decimals) for metric, value in zip(METRICS, quality, strict=True)),
-    ]
-
-
-def _exact_columns(report: Report) -> list[list[str]]:
-    """Return the header and the cells of what an approximate session gains and costs; nothing for an exact one."""
-    if report.exact is None:
-        return []
-    header = ["exact ms", "exact/this (quartiles)", "PSNR to exact (dB)", "latent error"]
-    return [header] + [
-        [
-            _median(row.latency),
-            _ratio(row.ratio),
-            _decimals(row.difference.psnr_db, 1),
-            f"{row.difference.latent_error:.1e}",
-        ]
-        for row in report.exact.rows
-    ]
-
-
-def _against_columns(report: Report) -> list[list[str]]:
-    if report.against is None:
-        return []
-    name = report.against.reference["library"]
-    header = [f"{name} ms", f"{name}/this (quartiles)"]
-    return [header] + [[_median(row.latency), _ratio(row.ratio)] for row in report.against.rows]
-
-
-def _median(latency: StepLatency) -> str:
-    return f"{'! ' if latency.unstable else ''}{latency.median_ms:.2f}"
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f})"
-
-
-def _decimals(value: float | None, decimals: int) -> str:
-    return "infinite" if value is None else f"{value:.{decimals}f}"
-
-
-def _check_rows(report: Report) -> list[str]:
-    """Return what is wrong with the rows: none, one without samples, or other step counts beside them."""
+def _check_result(result: ConfigurationResult, image_count: int | None) -> list[str]:
+    """Return what is wrong with the rows: none where all went well, one without samples, or others beside them."""
+    name, steps = result.configuration.name, [row.steps for row in result.rows]
     problems = []
-    if not (report.rows and all(row.latency.samples_ms for row in report.rows)):
-        problems.append("no rows, or a row without samples_ms")
-    steps = [row.steps for row in report.rows]
-    for name, compared in (("against", report.against), ("exact", report.exact)):
+    if result.status == "ok" and not steps:
+        problems.append(f"{name} has no rows")
+    if result.status != "ok" and result.reason is None:
+        problems.append(f"{name} is {result.status} and gives no reason")
+    problems += [f"{name}, {row.steps} steps: no samples_ms" for row in result.rows if not row.latency.samples_ms]
+    if steps != sorted(set(steps)):
+        problems.append(f"{name}: step counts are {steps}, expected them rising")
+    for label, compared in (("against", result.against), ("exact", result.exact)):
         if compared is not None and [row.steps for row in compared.rows] != steps:
-            problems.append(f"report.{name} has other step counts than the report")
+            problems.append(f"{name}: {label} has other step counts than the rows")
+    lengths = {len(values) for row in result.rows for values in row.per_image.values()}
+    if image_count is not None and lengths - {image_count}:
+        problems.append(f"{name}: per_image has {sorted(lengths)} values, expected {image_count}")
     return problems

@@ -1,171 +1,104 @@
-"""The benchmark: quality over all images and latency, for each step count."""
+"""The benchmark: configurations in processes of their own, their parts joined to a report, and what it shows."""
+
+from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from restyle_deploy.bench.charts import draw_charts
-from restyle_deploy.bench.comparison import Against, ComparedRow, Exact, ExactRow, Ratio, ratio_from_samples
+from restyle_deploy.bench.decision import decide
 from restyle_deploy.bench.environment import describe_environment
-from restyle_deploy.bench.inversions import StepResults, count_steps, measure_inversions
+from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.libraries import REFERENCES, require_bench_libraries, require_reference_libraries
-from restyle_deploy.bench.measure import Latency, measure_interleaved, step_latency_from
-from restyle_deploy.bench.quality import Quality
-from restyle_deploy.bench.reference import TorchReference, check_reference, open_torch_reference
-from restyle_deploy.bench.report import BundleFacts, NamedQuality, Report, Row, Settings, write_report
+from restyle_deploy.bench.markdown import markdown_from_report
+from restyle_deploy.bench.page import write_page
+from restyle_deploy.bench.report import BundleFacts, Configuration, Part, Report, Settings, write_report
+from restyle_deploy.bench.schedule import CELLS_FOLDER, BenchOptions, Images, Jobs, measure_all
+from restyle_deploy.bench.strips import draw_strips
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
-from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.images import normalize_images, resize_image
-from restyle_deploy.runtime.session import Session
-from restyle_deploy.verify import Parity, check_parity, compare_with_expectation, load_expectation
+from restyle_deploy.files import replace_when_complete
 
 REPORT_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
 
-Cell = tuple[str, int]  # who is called, and its step count
-MEASURED, EXACT, AGAINST = "session", "exact", "against"
+
+class BenchInterruptedError(ReportError):
+    """The bench was interrupted; what was finished is kept."""
 
 
 def run_bench(
-    session: Session,
-    images: Sequence[tuple[str, NDArray[np.uint8]]],
+    bundle: Bundle,
+    images: Images,
     output: Path,
+    configurations: Sequence[Configuration],
+    options: BenchOptions,
     *,
-    steps: Sequence[int],
-    warmup: int = 2,
-    repeats: int = 10,
-    progress: Callable[[int, int], None] | None = None,
-    strip_count: int = 8,
-    exact: Session | None = None,
-    against: str | None = None,
+    files: Sequence[Path] = (),
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Report:
-    """Measure quality and latency for each step count; write report.json, the charts and the strips.
-
-    Quality is counted over all images at the encoder's input size, where upstream's loss counts it. Latency is that of
-    a whole `session.invert` call at batch 1, its input ready in memory as float32, the step counts in turn. What an
-    approximate session is compared with, and the reference model, take their turns in the same rounds.
+    """Measure configurations one after the other; write report.json, charts, page, Markdown and strips.
 
     Args:
-        session: an opened bundle.
+        bundle: an opened bundle.
         images: names and uint8 [H, W, 3] of any size. Names are unique and fit for files, as `ImageInput.stem` is.
-        output: folder for `report.json`, `quality-latency.png`, `.svg` and `strips/NAME.png`; created when missing.
-        steps: step counts, each at least 1 and given once; sorted here.
-        warmup: calls per step count before the measured ones.
-        repeats: measured calls per step count.
-        progress: told the refinement steps done and their total.
-        strip_count: strips are drawn for the first so many images.
-        exact: an exact session of the same bundle and backend; given if and only if `session` is approximate.
-        against: one of `libraries.REFERENCES`: also measure the reference model, rebuilt from the bundle.
+        output: folder of everything; created when missing. `cells/` keeps each configuration's part and log.
+        configurations: see `matrix.configurations_of`.
+        options: how they are measured.
+        files: of the images, for the stages around the session.
+        progress: told the configuration's name, the refinement steps done and their total.
+    Returns:
+        The report. A configuration that failed or was skipped is in it, with the reason.
     Raises:
-        ValueError: no images or step counts, or unusable ones; or `exact` is missing, approximate or not wanted.
-        VerificationError: the (exact) session does not compute what the reference model does; nothing is measured then.
-        ReportError: `output` cannot be written.
+        ValueError: no images, configurations or step counts, or unusable ones.
+        ReportError: `output` cannot be written; or no configuration could be measured: the message has the reasons.
+        BenchInterruptedError: Ctrl-C; finished configurations are kept, and reported on if there is one.
         BackendUnavailableError: the `bench` extra is not installed, or what `against` needs.
-        BundleError: the reference model cannot be rebuilt.
     """
     require_bench_libraries()
-    if against is not None:
-        require_reference_libraries()
-    steps = _check_steps(steps)
-    _check_names([name for name, _ in images])
-    _check_sessions(session, exact, against)
-    _prepare_folder(output)
-    parity = _check_parity(exact or session)
-    environment = describe_environment()
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    targets = _targets_from_images(images, session.bundle.config)
-    names = [name for name, _ in images]
-    with _open_contenders(session, exact, against) as contenders:
-        inverted = len(targets) * sum(count_steps(each, steps) for each in (session, exact) if each)
-        tick = _counter(progress, inverted + (warmup + repeats) * sum(steps) * len(contenders))
-        results = measure_inversions(
-            session, targets, names, output, steps=steps, exact=exact, strip_count=strip_count, tick=tick
-        )
-        latencies = measure_interleaved(
-            {
-                (who, count): partial(contender.invert, targets[:1], steps=count)
-                for who, contender in contenders.items()
-                for count in steps
-            },
-            warmup=warmup,
-            repeats=repeats,
-            after_call=lambda cell: tick(cell[1]),
-        )
-        descriptions = {who: contender.describe() for who, contender in contenders.items()}
+    _check(images, configurations, options)
+    prepare_folder(output / CELLS_FOLDER)
+    environment, created = describe_environment(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory(prefix="restyle-deploy-") as folder:
+        jobs = Jobs(bundle, images, output, options, files=files, folder=Path(folder))
+        parts, interrupted = measure_all(jobs, configurations, options, progress)
     report = Report(
         created=created,
         environment=environment,
-        bundle=_facts_of_bundle(session.bundle),
-        session=descriptions[MEASURED],
-        parity=parity.as_json(),
-        settings=Settings(batch=1, warmup=warmup, repeats=repeats, image_count=len(images), steps=steps),
-        rows=tuple(_row(count, latencies[MEASURED, count], results[count].quality, names) for count in steps),
-        against=_against(descriptions, latencies, steps),
-        exact=_exact(descriptions, latencies, results),
+        bundle=_facts_of_bundle(bundle),
+        settings=_settings(images, options),
+        metrics=_metrics_of(parts),
+        configurations=tuple(part.result for part in parts),
     )
-    write_report(report, output / REPORT_NAME)
-    draw_charts(output / REPORT_NAME, output)
+    if interrupted or not any(part.result.status == "ok" for part in parts):
+        return _end_early(report, output, interrupted)
+    return finish_report(report, output, options)
+
+
+def finish_report(report: Report, output: Path, options: BenchOptions) -> Report:
+    """Add the decision, if one can be made, and write report.json and all that is drawn from it."""
+    if any(metric.missing is None for metric in report.metrics):
+        report = replace(report, decision=decide(report, budget_ms=options.budget_ms, minimums=options.minimums))
+    path = output / REPORT_NAME
+    write_report(report, path)
+    draw_charts(path, output)
+    write_page(path, output)
+    with replace_when_complete(output / MARKDOWN_NAME) as temporary:
+        temporary.write_text(markdown_from_report(report), encoding="utf-8")
+    measured = next(result for result in report.configurations if result.status == "ok")
+    draw_strips(output, measured.configuration.name)
     return report
 
 
-def _check_sessions(session: Session, exact: Session | None, against: str | None) -> None:
-    if against is not None and against not in REFERENCES:
-        raise ValueError(f"against is {against!r}, expected one of {', '.join(REFERENCES)}")
-    if session.is_approximate != (exact is not None):
-        raise ValueError(
-            "the session is approximate: pass an exact session of the same bundle and backend as `exact`"
-            if exact is None
-            else "the session is exact: it is compared with no other session"
-        )
-    if exact is not None and exact.is_approximate:
-        raise ValueError("the session passed as `exact` is approximate")
+def prepare_folder(output: Path) -> None:
+    """Create a folder and try to write to it: better now than after minutes of measuring.
 
-
-def _check_parity(session: Session) -> Parity:
-    parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
-    check_parity(parity, session.bundle.path.name)
-    return parity
-
-
-@contextmanager
-def _open_contenders(
-    session: Session, exact: Session | None, against: str | None
-) -> Iterator[dict[str, Session | TorchReference]]:
-    """Yield all that is measured, by `MEASURED`, `EXACT` and `AGAINST`; the reference model is opened and checked."""
-    contenders: dict[str, Session | TorchReference] = {MEASURED: session}
-    if exact is not None:
-        contenders[EXACT] = exact
-    if against is None:
-        yield contenders
-        return
-    with open_torch_reference(session.bundle, threads=session.describe()["threads"]) as reference:
-        check_reference(reference, exact or session)
-        yield {**contenders, AGAINST: reference}
-
-
-def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
-        raise ValueError(f"step counts are {list(steps)}, expected at least one, each 1 or more and given once")
-    return tuple(sorted(steps))
-
-
-def _check_names(names: Sequence[str]) -> None:
-    if not names:
-        raise ValueError("no images, expected at least one")
-    unusable = sorted({name for name in names if Path(f"{name}.png").stem != name or names.count(name) > 1})
-    if unusable:
-        raise ValueError(f"image names that are not unique file names: {', '.join(map(repr, unusable))}")
-
-
-def _prepare_folder(output: Path) -> None:
-    """Create the folder and try to write to it: better now than after minutes of measuring."""
+    Raises:
+        ReportError: it cannot be written to.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -174,21 +107,51 @@ def _prepare_folder(output: Path) -> None:
         raise ReportError(f"{output}: no folder that can be written to: {error.strerror}") from error
 
 
-def _targets_from_images(images: Sequence[tuple[str, NDArray[np.uint8]]], config: ModelConfig) -> NDArray[np.float32]:
-    return normalize_images(np.stack([resize_image(image, config.input_shape) for _, image in images]))
+def _end_early(report: Report, output: Path, interrupted: bool) -> Report:
+    """Write what there is and raise."""
+    done = [result for result in report.configurations if result.status == "ok"]
+    if done:
+        write_report(report, output / REPORT_NAME)
+    if interrupted:
+        raise BenchInterruptedError(
+            f"interrupted: {len(done)} of {len(report.configurations)} configurations are measured and kept in "
+            f"{output}; go on with the same command and --resume"
+        )
+    reasons = "; ".join(f"{result.configuration.name}: {result.reason}" for result in report.configurations)
+    raise ReportError(f"nothing could be measured: {reasons}")
 
 
-def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """Return a function that adds refinement steps and tells `progress` the sum."""
-    done = 0
+def _check(images: Images, configurations: Sequence[Configuration], options: BenchOptions) -> None:
+    steps, names = options.steps, [name for name, _ in images]
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise ValueError(f"step counts are {list(steps)}, expected at least one, each 1 or more and given once")
+    if not configurations:
+        raise ValueError("no configurations, expected at least one")
+    if not names:
+        raise ValueError("no images, expected at least one")
+    unusable = sorted({name for name in names if Path(f"{name}.png").stem != name or names.count(name) > 1})
+    if unusable:
+        raise ValueError(f"image names that are not unique file names: {', '.join(map(repr, unusable))}")
+    if options.against is not None:
+        if options.against not in REFERENCES:
+            raise ValueError(f"against is {options.against!r}, expected one of {', '.join(REFERENCES)}")
+        require_reference_libraries()
 
-    def add(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
 
-    return add
+def _settings(images: Images, options: BenchOptions) -> Settings:
+    return Settings(
+        steps=tuple(sorted(options.steps)),
+        warmup=options.warmup or 0,
+        repeats=options.repeats,
+        image_count=len(images),
+        image_names=tuple(name for name, _ in images),
+        time_budget_s=options.time_budget_s,
+    )
+
+
+def _metrics_of(parts: Sequence[Part]) -> tuple[MetricFacts, ...]:
+    """Return the metrics of the first configuration that was measured: all had the same options."""
+    return next((part.metrics for part in parts if part.metrics), ())
 
 
 def _facts_of_bundle(bundle: Bundle) -> BundleFacts:
@@ -198,57 +161,3 @@ def _facts_of_bundle(bundle: Bundle) -> BundleFacts:
         output_size=bundle.config.output_size,
         checkpoint_sha256=bundle.checkpoint_sha256,
     )
-
-
-def _row(steps: int, latency: Latency, quality: Quality, names: Sequence[str]) -> Row:
-    return Row(
-        steps=steps,
-        latency=step_latency_from(latency),
-        quality=quality.mean,
-        images=tuple(
-            NamedQuality(name=name, quality=image) for name, image in zip(names, quality.per_image, strict=True)
-        ),
-    )
-
-
-def _against(
-    descriptions: Mapping[str, dict[str, Any]], latencies: Mapping[Cell, Latency], steps: tuple[int, ...]
-) -> Against | None:
-    if AGAINST not in descriptions:
-        return None
-    return Against(
-        reference=descriptions[AGAINST],
-        rows=tuple(
-            ComparedRow(
-                steps=count,
-                latency=step_latency_from(latencies[AGAINST, count]),
-                ratio=_ratio(latencies, AGAINST, count),
-            )
-            for count in steps
-        ),
-    )
-
-
-def _exact(
-    descriptions: Mapping[str, dict[str, Any]], latencies: Mapping[Cell, Latency], results: Mapping[int, StepResults]
-) -> Exact | None:
-    if EXACT not in descriptions:
-        return None
-    rows = []
-    for count, result in results.items():
-        assert result.exact_quality is not None
-        assert result.difference is not None
-        rows.append(
-            ExactRow(
-                steps=count,
-                latency=step_latency_from(latencies[EXACT, count]),
-                ratio=_ratio(latencies, EXACT, count),
-                quality=result.exact_quality.mean,
-                difference=result.difference,
-            )
-        )
-    return Exact(session=descriptions[EXACT], rows=tuple(rows))
-
-
-def _ratio(latencies: Mapping[Cell, Latency], who: str, steps: int) -> Ratio:
-    return ratio_from_samples(latencies[who, steps].samples_ms, latencies[MEASURED, steps].samples_ms)

@@ -1,107 +1,152 @@
 """The command `restyle-deploy bench`."""
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from restyle_deploy.bench.libraries import REFERENCES
-from restyle_deploy.cli.options import bundle_argument, images_argument, json_option, preview_option, session_options
+from restyle_deploy.cli.bench_options import (
+    matrix_options,
+    metric_options,
+    parse_minimums,
+    parse_numbers,
+    parse_seconds,
+    parse_shares,
+)
+from restyle_deploy.cli.options import bundle_argument, images_argument, json_option
+
+if TYPE_CHECKING:
+    from restyle_deploy.bench.matrix import MatrixOptions
+    from restyle_deploy.bench.schedule import BenchOptions
 
 DEFAULT_STEPS = "1,2,3,5,10"
-
-
-def _parse_steps(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        steps = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers such as {DEFAULT_STEPS}") from None
-    if min(steps) < 1 or len(set(steps)) < len(steps):
-        raise click.BadParameter(f"{value!r}: each step count is at least 1 and given once")
-    return steps
 
 
 @click.command()
 @bundle_argument
 @images_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of report and charts.")
-@click.option("--steps", default=DEFAULT_STEPS, show_default=True, callback=_parse_steps, help="Step counts.")
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls before measuring.")
-@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Measured calls.")
-@click.option("--strips", type=click.IntRange(min=0), default=8, show_default=True, help="Draw so many image strips.")
+@click.option("--steps", default=DEFAULT_STEPS, show_default=True, callback=parse_numbers, help="Step counts.")
+@matrix_options
+@click.option(
+    "--warmup", type=click.IntRange(min=0), show_default="until stable", help="Calls before measuring, a fixed number."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Measured calls.")
+@click.option("--sweep", "sweeps", is_flag=True, help="Double the batch until throughput no longer grows.")
+@click.option(
+    "--load",
+    "load_shares",
+    callback=parse_shares,
+    help="Also let calls arrive at random, at these shares of what fits into a second, as 0.5,0.9.",
+)
+@click.option("--load-seconds", type=click.FloatRange(min=0.1), default=20.0, show_default=True, help="For each share.")
 @click.option("--against", type=click.Choice(REFERENCES), help="Also measure the reference model, in the same rounds.")
-@session_options
-@preview_option
+@metric_options
+@click.option(
+    "--strips", "picture_count", type=click.IntRange(min=0), default=8, show_default=True, help="Image strips."
+)
+@click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), help="Choose within this p95 of a call.")
+@click.option(
+    "--min-quality",
+    "minimums",
+    multiple=True,
+    callback=parse_minimums,
+    help="Choose with at least this mean, as psnr_db=20; repeatable. At most, where lower is better.",
+)
+@click.option("--time-budget", "time_budget_s", callback=parse_seconds, help="Stop after this time, as 15m.")
+@click.option("--resume", is_flag=True, help="Keep what a former run of the same bench has finished.")
 @json_option
 @click.pass_context
-def bench(
-    context: click.Context,
-    /,
-    bundle: Path,
-    images: tuple[Path, ...],
-    output: Path,
-    steps: tuple[int, ...],
-    warmup: int,
-    repeats: int,
-    strips: int,
-    against: str | None,
-    preview_steps: bool,
-    as_json: bool,
-    **session_choices: Any,
-) -> None:
+def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], output: Path, **choices: Any) -> None:
     """Chart quality against latency of BUNDLE on IMAGES (files or folders) for several step counts.
 
-    Writes report.json, the charts drawn from it, and strips of images. Quality (MSE on [-1,1], PSNR, SSIM) is counted
-    at the encoder's input size; latency is one image's. Needs the extra: pip install 'restyle-deploy[bench]'.
+    Each configuration (backend, precision, plan, batch) is measured in a process of its own. Writes report.json and,
+    from it alone, charts, a page (report.html), Markdown and strips of images; deploy.toml holds the configuration that
+    was chosen, for Session.open. Needs the extra: pip install 'restyle-deploy[bench]'.
 
-    The approximate modes --precision bf16 and --preview-steps are measured together with the exact session, and
-    compared with it. --against torch rebuilds the reference model from BUNDLE (needs the extra `export`).
+    Approximate configurations are measured together with the exact session, and compared with it. --against torch
+    rebuilds the reference model from BUNDLE (needs the extra `export`). A configuration that fails has a row that says
+    why; the exit status is 1 then.
 
-    Example: restyle-deploy bench engines/demo-faces examples/photos -o out --steps 1,2,3,5,10
+    \b
+    Examples:
+      restyle-deploy bench engines/demo-faces examples/photos -o out --steps 1,2,3,5,10
+      restyle-deploy bench faces photos -o out --backend all --plan engine,plain --batch 1,4 --budget-ms 200
     """
-    from tqdm import tqdm
-
-    from restyle_deploy.backends.base import EXACT_PRECISION
-    from restyle_deploy.bench.report import format_table
+    from restyle_deploy.bench.matrix import configurations_of
     from restyle_deploy.bench.run import REPORT_NAME, run_bench
+    from restyle_deploy.bench.tables import format_table
+    from restyle_deploy.bundle import read_bundle
     from restyle_deploy.errors import ImageError
     from restyle_deploy.runtime.inputs import find_images, load_images
-    from restyle_deploy.runtime.session import Session
 
+    as_json = choices.pop("as_json")
     inputs = find_images(images, output=output)
-    with ExitStack() as stack:
-        session = stack.enter_context(Session.open(bundle, preview_steps=preview_steps, **session_choices))
-        exact = None
-        if session.is_approximate:
-            exact = stack.enter_context(Session.open(bundle, **{**session_choices, "precision": EXACT_PRECISION}))
-        bar = stack.enter_context(tqdm(unit="step", file=sys.stderr, disable=None))
-        loaded, failures = load_images(inputs, session.config.input_shape)
-        for failure in failures:
-            click.echo(f"Error: {failure}", err=True)
-        if not loaded:
-            raise ImageError("no image could be read; nothing was measured")
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    opened = read_bundle(bundle)
+    configurations = configurations_of(opened, _matrix_of(choices))
+    loaded, failures = load_images(inputs, opened.config.input_shape)
+    for failure in failures:
+        click.echo(f"Error: {failure}", err=True)
+    if not loaded:
+        raise ImageError("no image could be read; nothing was measured")
+    readable = [each.path for each in inputs if each.stem in dict(loaded)]
+    with _Bars() as bars:
         report = run_bench(
-            session,
-            loaded,
-            output,
-            steps=steps,
-            warmup=warmup,
-            repeats=repeats,
-            progress=show,
-            strip_count=strips,
-            exact=exact,
-            against=against,
+            opened, loaded, output, configurations, _options_of(choices), files=readable, progress=bars.show
         )
     if as_json:
         click.echo((output / REPORT_NAME).read_text(encoding="utf-8"), nl=False)
     else:
         click.echo(format_table(report))
-        click.echo(f"\nreport, charts and strips: {output}")
-    context.exit(1 if failures else 0)
+        if report.decision is not None:
+            click.echo(f"\n{report.decision.reason}")
+        click.echo(f"\nreport, page, charts and strips: {output}")
+    failed = [result for result in report.configurations if result.status == "failed"]
+    context.exit(1 if failed or failures else 0)
+
+
+def _matrix_of(choices: dict[str, Any]) -> "MatrixOptions":
+    """Take what says which configurations are measured out of the command's choices."""
+    from restyle_deploy.bench.matrix import MatrixOptions
+
+    previews = (False, True) if choices.pop("preview_steps") else (False,)
+    names = ("backends", "device", "precisions", "plans", "batches", "threads")
+    return MatrixOptions(previews=previews, **{name: choices.pop(name) for name in names})
+
+
+def _options_of(choices: dict[str, Any]) -> "BenchOptions":
+    """Return the rest of the command's choices, the metrics' as one."""
+    from restyle_deploy.bench.metrics import MetricOptions
+    from restyle_deploy.bench.schedule import BenchOptions
+
+    names = choices.pop("metric_names")
+    files = {name: choices.pop(name) for name in list(choices) if name.startswith(("identity_", "lpips_"))}
+    metrics = MetricOptions(names=tuple(names.split(",")) if names else None, **files)
+    return BenchOptions(metrics=metrics, **choices)
+
+
+class _Bars:
+    """A progress bar for the configuration that is being measured; on a terminal only."""
+
+    def __init__(self) -> None:
+        self._name, self._bar = "", None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Show how far a configuration is."""
+        from tqdm import tqdm
+
+        if name != self._name:
+            self.__exit__()
+            self._name, self._bar = name, tqdm(unit="step", file=sys.stderr, disable=None, desc=name)
+        assert self._bar is not None
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)

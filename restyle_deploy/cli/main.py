@@ -10,6 +10,7 @@ import click
 from restyle_deploy import __version__
 from restyle_deploy.cli.bench import bench
 from restyle_deploy.cli.build import build
+from restyle_deploy.cli.compare import compare
 from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.cli.export import export
 from restyle_deploy.cli.inspect import inspect
@@ -48,5 +49,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-for command in (export, build, invert, bench, verify, inspect, doctor):
+for command in (export, build, invert, bench, compare, verify, inspect, doctor):
     main.add_command(command)

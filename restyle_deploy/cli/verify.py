@@ -1,35 +1,133 @@
 """The command `restyle-deploy verify`."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from restyle_deploy.cli.options import bundle_argument, json_option, session_options
 
+if TYPE_CHECKING:
+    from restyle_deploy.verify import Parity
+    from restyle_deploy.verify_drift import Verification
+    from restyle_deploy.verify_layers import LayerSearch
+
+_CAUSES = {
+    "stored": "the reference differs from the stored results too: the graphs or those results changed after the export",
+    "step": "the step itself: it differs from the reference's state too",
+    "feedback": "feedback: each step keeps to the tolerance from the reference's state, and what is left adds up",
+}
+# As `verify_reference.REFERENCES`, and `NO_REFERENCE`.
+_REFERENCES = ("onnxruntime", "torch", "none")
+
 
 @click.command()
 @bundle_argument
 @session_options
+@click.option("--steps", type=click.IntRange(min=1), help="Steps to take.", show_default="those that are stored")
+@click.option(
+    "--reference",
+    type=click.Choice(_REFERENCES),
+    help="What is computed beside it in float32: the exported graphs by ONNX Runtime without optimisations, the torch "
+    "model, or nothing, so that the stored results are all that is compared.",
+    show_default="the first that is installed",
+)
+@click.option("--layers", is_flag=True, help="Compare the layers even where all is within tolerance.")
 @json_option
 def verify(
-    bundle: Path, backend: str, device: str, threads: int | None, precision: str, plain: bool, as_json: bool
+    bundle: Path,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+    plain: bool,
+    steps: int | None,
+    reference: str | None,
+    layers: bool,
+    as_json: bool,
 ) -> None:
     """Check BUNDLE's files against their hashes, and its results against those of the reference model.
 
-    Exits with 1 if a file has changed, or if latents differ by more than 1e-4 or images by more than 1e-3 (bf16: 2e-2
-    and 0.1).
+    Each step is compared twice: freely running, where errors feed back, and from the reference's state, which shows
+    the step's own error. Where a step by itself differs, the layers are compared, and the first that differs is named.
 
-    Example: restyle-deploy verify engines/demo-faces
+    Exits with 1 if a file has changed, or if latents differ by more than 1e-4 or images by more than 1e-3 (tf32: 1e-2
+    and 0.05; fp16 and bf16: 2e-2 and 0.1).
+
+    Example: restyle-deploy verify engines/demo-faces --backend openvino
     """
-    from restyle_deploy.verify import check_parity, verify_bundle
+    from restyle_deploy.verify_drift import check_verification, verify_drift
 
-    parity = verify_bundle(bundle, backend=backend, device=device, threads=threads, precision=precision, plain=plain)
-    if as_json:
-        click.echo(json.dumps({"ok": parity.is_within_tolerance, **parity.as_json()}, indent=2))
-    check_parity(parity, str(bundle))
+    if reference == "none" and (steps or layers):
+        raise click.UsageError("--steps and --layers need a reference; leave --reference none out")
+    verification = verify_drift(
+        bundle,
+        backend=backend,
+        device=device,
+        threads=threads,
+        precision=precision,
+        plain=plain,
+        steps=steps,
+        reference=reference,
+        layers=layers,
+    )
+    lines = [json.dumps(verification.as_json(), indent=2)] if as_json else _lines_of(verification)
+    for line in lines:
+        click.echo(line)
+    check_verification(verification, str(bundle))
     if not as_json:
-        click.echo("files: unchanged")
-        for step, errors in enumerate(zip(parity.latent_errors, parity.image_errors, strict=True), start=1):
-            click.echo(f"step {step}: largest difference: latents {errors[0]:.1e}, images {errors[1]:.1e}")
         click.echo(f"{bundle}: ok")
+
+
+def _lines_of(verification: Verification) -> Iterator[str]:
+    yield "files: unchanged"
+    for step in range(len(verification.stored.latent_errors)):
+        yield f"step {step + 1}: from the stored results: {_errors(verification.stored, step)}"
+    drift = verification.drift
+    if drift is not None:
+        own = drift.stored
+        yield (
+            f"reference: {drift.reference}; from the stored results: "
+            f"latents {max(own.latent_errors):.1e}, images {max(own.image_errors):.1e}"
+        )
+        for step in range(len(drift.running.latent_errors)):
+            running, forced = _errors(drift.running, step), _errors(drift.forced, step)
+            yield f"step {step + 1}: running freely: {running}; from the reference's state: {forced}"
+    first = verification.first_exceeding
+    if first is not None:
+        yield (
+            f"first beyond its tolerance: step {first.step}, {first.output}: "
+            f"{first.error:.2g}, tolerance {first.tolerance:g}"
+        )
+    if verification.cause is not None:
+        yield f"cause: {_CAUSES[verification.cause]}"
+    for search in verification.layers:
+        yield _line_of(search)
+    for note in verification.notes:
+        yield f"note: {note}"
+
+
+def _errors(parity: Parity, step: int) -> str:
+    text = f"latents {parity.latent_errors[step]:.1e}, images {parity.image_errors[step]:.1e}"
+    return f"{text}, current {parity.current_errors[step]:.1e}" if parity.current_errors else text
+
+
+def _line_of(search: LayerSearch) -> str:
+    what = f"{search.graph}: {search.compared} outputs of layers compared, in {search.tested}"
+    if search.first is None:
+        most = (
+            f", the largest difference is {search.largest.error:.1e} in {search.largest.layer}"
+            if search.largest
+            else ""
+        )
+        return f"{what}: all within {search.tolerance:g} of their largest value{most}"
+    found = search.first
+    before = f"; the outputs before it are merged away: {', '.join(found.merged)}" if found.merged else ""
+    return (
+        f"{what}: the first that differs is that of {found.layer} ({found.op_type}, {found.node}): "
+        f"by {found.error:.2g} of its largest value {found.largest:.3g}, tolerance {search.tolerance:g}{before}"
+    )

@@ -1,107 +1,50 @@
-from collections.abc import Callable
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from restyle_deploy.bench.measure import Latency, measure_interleaved, step_latency_from
-
-
-class FakeClock:
-    """Stands still but for what the calls add."""
-
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def call_taking(self, *durations_ms: float) -> Callable[[], None]:
-        """Return a call that takes these durations, one after the other, and then the last for ever."""
-        left = list(durations_ms)
-
-        def run() -> None:
-            self.seconds += (left.pop(0) if len(left) > 1 else left[0]) / 1e3
-
-        return run
-
-
-def test_warmup_is_kept_apart() -> None:
-    clock = FakeClock()
-    latency = measure_interleaved({"a": clock.call_taking(500, 80, 10, 12, 11)}, warmup=2, repeats=3, clock=clock)["a"]
-    assert latency.warmup_ms == pytest.approx((500, 80))
-    assert latency.samples_ms == pytest.approx((10, 12, 11))
-    assert latency.median_ms == pytest.approx(11)
-
-
-def test_real_clock_is_the_default() -> None:
-    assert measure_interleaved({"a": lambda: None}, warmup=0, repeats=1)["a"].samples_ms[0] >= 0
-
-
-def test_figures_of_known_samples() -> None:
-    latency = Latency(warmup_ms=(), samples_ms=tuple(float(value) for value in range(100, -1, -1)))
-    assert (latency.median_ms, latency.p95_ms, latency.iqr_ms) == (50, 95, 50)
-
-
-@pytest.mark.parametrize(
-    ("samples", "unstable"),
-    [((100, 100, 100, 100, 500), False), ((94, 95, 100, 105, 106), False), ((80, 94, 100, 106, 120), True)],
-)
-def test_unstable_above_a_tenth_of_the_median(samples: tuple[float, ...], unstable: bool) -> None:
-    assert Latency(warmup_ms=(), samples_ms=samples).is_unstable is unstable
-
-
-@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=50))
-def test_figures_lie_within_the_samples(samples: list[float]) -> None:
-    latency = Latency(warmup_ms=(), samples_ms=tuple(samples))
-    tolerance = 1e-9 * max(samples)
-    assert min(samples) - tolerance <= latency.median_ms <= latency.p95_ms + tolerance
-    assert latency.p95_ms <= max(samples) + tolerance
-    assert -tolerance <= latency.iqr_ms <= max(samples) - min(samples) + tolerance
-
-
-def test_interleaved_rotates_over_the_cells() -> None:
-    clock = FakeClock()
-    order: list[str] = []
-    runs = {"a": clock.call_taking(1), "b": clock.call_taking(2), "c": clock.call_taking(3)}
-    latencies = measure_interleaved(runs, warmup=1, repeats=2, clock=clock, after_call=order.append)
-    assert "".join(order) == "abc" + "bca" + "cab"
-    assert list(latencies) == ["a", "b", "c"]
-    assert [latency.samples_ms for latency in latencies.values()] == [
-        pytest.approx((duration, duration)) for duration in (1, 2, 3)
-    ]
-
-
-def test_a_slow_spell_hits_all_cells_alike() -> None:
-    clock = FakeClock()
-    runs = {name: clock.call_taking(10, 10, 30, 30, 10) for name in "abc"}
-    latencies = measure_interleaved(runs, warmup=0, repeats=8, clock=clock)
-    assert len({round(latency.median_ms, 6) for latency in latencies.values()}) == 1
-
-
-def test_the_report_after_a_call_is_not_timed() -> None:
-    clock = FakeClock()
-
-    def waste(_: str) -> None:
-        clock.seconds += 60
-
-    latencies = measure_interleaved({"a": clock.call_taking(5)}, warmup=0, repeats=2, clock=clock, after_call=waste)
-    assert latencies["a"].samples_ms == pytest.approx((5, 5))
-
-
-@pytest.mark.parametrize(("warmup", "repeats"), [(-1, 1), (0, 0)])
-def test_too_few_calls_are_refused(warmup: int, repeats: int) -> None:
-    with pytest.raises(ValueError, match="expected at least 1 call, 0 and 1"):
-        measure_interleaved({"a": lambda: None}, warmup=warmup, repeats=repeats)
-
-
-def test_nothing_to_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 0 calls"):
-        measure_interleaved({}, warmup=0, repeats=1)
+from restyle_deploy.bench.machine import MachineCounters, MachineWatch
+from restyle_deploy.bench.measure import Latency, WarmupRule, measure_latencies, step_latency_from
+from tests.bench.fakes import FakeClock
 
 
 def test_figures_of_a_latency_are_written_out() -> None:
-    latency = Latency(warmup_ms=(9.0,), samples_ms=(1.0, 2.0, 3.0))
+    latency = Latency(warmup_ms=(9.0, 2.0), samples_ms=tuple(float(value) for value in range(101)))
     written = step_latency_from(latency)
-    assert (written.median_ms, written.iqr_ms, written.unstable) == (2.0, 1.0, True)
-    assert (written.warmup_ms, written.samples_ms) == ((9.0,), (1.0, 2.0, 3.0))
+    assert (written.median_ms, written.p90_ms, written.p95_ms, written.p99_ms, written.iqr_ms) == (50, 90, 95, 99, 50)
+    assert written.first_call_ms == 9
+    assert (written.warmup_ms, written.samples_ms) == (latency.warmup_ms, latency.samples_ms)
+
+
+def test_first_call_is_left_open_without_a_warmup() -> None:
+    assert step_latency_from(Latency(warmup_ms=(), samples_ms=(1.0,) * 5)).first_call_ms is None
+
+
+def test_reasons_are_joined() -> None:
+    assert step_latency_from(Latency(warmup_ms=(), samples_ms=(2.0,) * 5)).reason is None
+    latency = Latency(warmup_ms=(1.0, 2.0, 4.0), samples_ms=(1.0, 2.0), is_warmed_up=False)
+    written = step_latency_from(latency)
+    assert written.unstable
+    assert written.reason == (
+        "the warm-up had not settled after 3 calls; too few calls to tell how much they vary: 2 (at least 5)"
+    )
+
+
+def test_cells_are_measured_warmed_up_and_judged_by_the_machine() -> None:
+    clock = FakeClock()
+    busy = iter((0.0, 30.0))  # by others: far more than this measurement lasts
+
+    def read() -> MachineCounters:
+        return MachineCounters(busy_s=next(busy), stolen_s=0.0, own_s=0.0, quota_s=None)
+
+    told: list[int] = []
+    found = measure_latencies(
+        {steps: clock.call_taking(900, 100 * steps) for steps in (1, 2)},
+        warmup=WarmupRule(window=1),
+        repeats=5,
+        watch=MachineWatch(clock=clock, read=read),
+        clock=clock,
+        after_call=told.append,
+    )
+    assert [found[steps].median_ms for steps in (1, 2)] == pytest.approx([100, 200])
+    assert [found[steps].first_call_ms for steps in (1, 2)] == pytest.approx([900, 900])
+    assert found[1].reason is not None
+    assert "other processes used" in found[1].reason
+    assert len(told) == sum(len(each.samples_ms) + len(each.warmup_ms) for each in found.values())

@@ -1,104 +1,126 @@
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from skimage.metrics import structural_similarity
+from scipy import stats
 
-from restyle_deploy.bench.quality import ImageQuality, Quality, measure_quality
-from restyle_deploy.errors import BackendUnavailableError
-from restyle_deploy.runtime.images import pool_images
+from restyle_deploy.bench.figures import Aggregate, Gain
+from restyle_deploy.bench.metrics import METRICS
+from restyle_deploy.bench.quality import aggregate, bootstrap_interval, gain_between, gains_of, settled_steps
 
-
-def random_images(*shape: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+MSE, PSNR = METRICS[0], METRICS[2]
+NOTHING = Aggregate(mean=None, median=None, p5=None, p95=None, low=None, high=None, count=0)
 
 
-def test_known_difference() -> None:
-    target = np.full((1, 3, 16, 16), 0.25, np.float32)
-    quality = measure_quality(target + np.float32(0.5), target).mean
-    assert quality.mse == pytest.approx(0.25)
-    assert quality.psnr_db == pytest.approx(10 * np.log10(4 / 0.25))
-    luminance = (2 * 1.75 * 1.25 + 0.02**2) / (1.75**2 + 1.25**2 + 0.02**2)  # Wang et al., equation 6
-    assert quality.ssim == pytest.approx(luminance)
+def made_up_gain(*, from_steps: int, gain: float | None, width: float = 0.1, metric: str = "mse") -> Gain:
+    low, high = (None, None) if gain is None else (gain - width / 2, gain + width / 2)
+    return Gain(metric=metric, from_steps=from_steps, to_steps=from_steps + 1, gain=gain, low=low, high=high)
 
 
-def test_psnr_and_ssim_are_those_of_the_clipped_image_and_mse_is_not() -> None:
-    target = random_images(2, 3, 24, 24)
-    image = target * np.float32(1.5)
-    quality, clipped = measure_quality(image, target).mean, measure_quality(image.clip(-1, 1), target).mean
-    assert (quality.psnr_db, quality.ssim) == (clipped.psnr_db, clipped.ssim)
-    assert quality.mse == pytest.approx(float(np.mean((image - target) ** 2)), rel=1e-5)
-    assert quality.mse > clipped.mse
+def test_mean_and_percentiles_are_those_of_the_values() -> None:
+    found = aggregate(list(range(101)))
+    assert (found.mean, found.median, found.p5, found.p95, found.count) == (50, 50, 5, 95, 101)
 
 
-def test_ssim_agrees_with_that_of_the_saved_pictures() -> None:
-    target, noise = random_images(1, 3, 32, 40), random_images(1, 3, 32, 40, seed=1)
-    image = (0.8 * target + 0.2 * noise).astype(np.float32)
-    pictures = [((array[0] + 1) * 127.5).round().astype(np.uint8) for array in (image, target)]
-    expected = structural_similarity(
-        *pictures, channel_axis=0, data_range=255, gaussian_weights=True, use_sample_covariance=False
-    )
-    assert measure_quality(image, target).mean.ssim == pytest.approx(expected, abs=1e-3)
+def test_interval_is_that_of_scipys_percentile_bootstrap() -> None:
+    values = np.random.default_rng(1).exponential(size=60)
+    expected = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    low, high = bootstrap_interval(values)
+    width = expected.high - expected.low
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=width / 30)
 
 
-def test_equal_images_have_no_finite_psnr() -> None:
-    target = random_images(2, 3, 16, 16)
-    image = target.copy()
-    image[0] *= 0.9
-    first, second = measure_quality(image, target).per_image
-    assert first.psnr_db is not None
-    assert second == ImageQuality(mse=0, psnr_db=None, ssim=1)
-    assert measure_quality(image, target).mean.psnr_db is None
+def test_interval_of_many_values_is_computed_in_pieces_and_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(3).normal(size=3000)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    low, high = bootstrap_interval(values)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 10)
 
 
-def test_mean_is_over_the_images() -> None:
-    images = (ImageQuality(mse=0.1, psnr_db=10, ssim=0.2), ImageQuality(mse=0.3, psnr_db=20, ssim=0.4))
-    mean = Quality(per_image=images).mean
-    assert (mean.mse, mean.psnr_db, mean.ssim) == pytest.approx((0.2, 15, 0.3))
+def test_the_same_values_and_seed_give_the_same_interval() -> None:
+    values = [0.1, 0.5, 0.2, 0.9]
+    assert aggregate(values) == aggregate(values, seed=0)
+    assert aggregate(values).low != aggregate(values, seed=1).low or aggregate(values).high != aggregate(values).low
 
 
-@given(height=st.integers(1, 14), width=st.integers(1, 14))
-def test_small_images_are_measured(height: int, width: int) -> None:
-    target = random_images(1, 3, height, width)
-    near, far = (measure_quality(target * np.float32(factor), target).mean for factor in (0.9, 0.5))
-    assert near.mse < far.mse
-    assert -1 <= far.ssim < near.ssim <= 1
+def test_one_value_has_no_interval() -> None:
+    assert aggregate([0.5]) == Aggregate(mean=0.5, median=0.5, p5=0.5, p95=0.5, low=None, high=None, count=1)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 3, 16, 8), (3, 16, 16)])
-def test_unlike_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\] for both"):
-        measure_quality(random_images(*shape), random_images(2, 3, 16, 16))
+@pytest.mark.parametrize("values", [[], [None], [float("nan"), None]])
+def test_without_values_there_is_no_figure(values: list[float | None]) -> None:
+    assert aggregate(values) == NOTHING
 
 
-def test_no_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="N >= 1"):
-        measure_quality(random_images(0, 3, 16, 16), random_images(0, 3, 16, 16))
+def test_missing_values_are_left_out() -> None:
+    assert aggregate([None, 1.0, float("nan"), 3.0]) == aggregate([1.0, 3.0])
 
 
-def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(BackendUnavailableError, match="scikit-image"):
-        measure_quality(random_images(1, 3, 16, 16), random_images(1, 3, 16, 16))
+def test_infinite_values_leave_the_figures_that_they_do_not_reach() -> None:
+    found = aggregate([20.0, 30.0, 40.0, float("inf")])
+    assert found == Aggregate(mean=None, median=35.0, p5=21.5, p95=None, low=None, high=None, count=3)
+    assert aggregate([float("inf")] * 3).median is None
 
 
-def test_pooling_takes_block_means_over_any_leading_axes() -> None:
-    images = np.arange(2 * 3 * 4 * 8, dtype=np.float32).reshape(1, 2, 3, 4, 8)
-    pooled = pool_images(images, (2, 4))
-    assert pooled.shape == (1, 2, 3, 2, 4)
-    assert pooled.dtype == np.float32
-    assert pooled[0, 1, 2, 1, 3] == images[0, 1, 2, 2:4, 6:8].mean()
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_figures_are_in_order(values: list[float]) -> None:
+    found = aggregate(values)
+    assert found.p5 is not None
+    assert found.median is not None
+    assert found.p95 is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert min(values) <= found.p5 <= found.median <= found.p95 <= max(values)
+    rounding = 1e-9 * max(map(abs, values))
+    assert min(values) - rounding <= found.low <= found.high <= max(values) + rounding
 
 
-def test_pooling_to_the_same_size_changes_nothing() -> None:
-    images = random_images(2, 3, 4, 6)
-    assert np.array_equal(pool_images(images, (4, 6)), images)
+@pytest.mark.parametrize(("metric", "expected"), [(MSE, -0.25), (PSNR, 0.25)])
+def test_a_gain_is_positive_where_the_metric_improves(metric: object, expected: float) -> None:
+    assert metric in METRICS
+    chosen = next(known for known in METRICS if known == metric)
+    gain = gain_between([1.0, 2.0], [1.5, 2.0], metric=chosen, from_steps=1, to_steps=3)
+    assert gain.gain == pytest.approx(expected)
+    assert (gain.metric, gain.from_steps, gain.to_steps) == (chosen.name, 1, 3)
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (4, 5), (8, 8)])
-def test_pooling_by_a_fraction_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="no whole multiple"):
-        pool_images(random_images(1, 3, 4, 8), shape)
+def test_a_gain_is_paired_so_that_unlike_images_do_not_widen_its_interval() -> None:
+    before = np.linspace(0.1, 10, 40)
+    paired = gain_between(before, before - 0.05, metric=MSE, from_steps=1, to_steps=2)
+    assert (paired.gain, paired.low, paired.high) == pytest.approx((0.05, 0.05, 0.05))
+    assert aggregate(before).high != pytest.approx(aggregate(before).low, abs=1)
+
+
+def test_a_gain_leaves_out_images_without_a_value() -> None:
+    gain = gain_between([1.0, None, 3.0], [0.5, 0.1, None], metric=MSE, from_steps=1, to_steps=2)
+    assert gain == Gain(metric="mse", from_steps=1, to_steps=2, gain=0.5, low=None, high=None)
+
+
+def test_from_infinite_to_infinite_there_is_no_gain_and_to_infinite_it_has_no_figure() -> None:
+    infinite = float("inf")
+    assert gain_between([infinite, 1.0], [infinite, 2.0], metric=PSNR, from_steps=1, to_steps=2).gain == 0.5
+    assert gain_between([1.0, 1.0], [infinite, 2.0], metric=PSNR, from_steps=1, to_steps=2).gain is None
+
+
+def test_gains_are_between_neighbouring_step_counts_of_each_metric() -> None:
+    per_image = {
+        5: {"mse": (0.1, 0.1), "psnr_db": (16.0, 16.0)},
+        1: {"mse": (0.4, 0.4), "psnr_db": (10.0, 10.0)},
+        2: {"mse": (0.2, 0.2)},
+    }
+    gains = gains_of(per_image, (MSE, PSNR))
+    assert [(gain.metric, gain.from_steps, gain.to_steps) for gain in gains] == [("mse", 1, 2), ("mse", 2, 5)]
+    assert [gain.gain for gain in gains] == pytest.approx([0.2, 0.1])
+
+
+def test_steps_are_settled_where_the_gain_is_first_below_the_width_of_its_interval() -> None:
+    gains = [
+        made_up_gain(from_steps=5, gain=0.01),
+        made_up_gain(from_steps=1, gain=0.5),
+        made_up_gain(from_steps=2, gain=0.09),
+        made_up_gain(from_steps=1, gain=0.5, metric="ssim"),
+        made_up_gain(from_steps=1, gain=-0.5, metric="lpips"),
+        made_up_gain(from_steps=1, gain=None, metric="psnr_db"),
+        made_up_gain(from_steps=2, gain=0.0, width=0.0, metric="psnr_db"),
+    ]
+    assert settled_steps(gains) == {"mse": 2, "lpips": 1, "psnr_db": 2}

@@ -54,7 +54,7 @@ def row() -> KernelRow:
 
 
 def _latency(ms: float, *more: float) -> StepLatency:
-    return step_latency_from(Latency(warmup_ms=(), samples_ms=(ms, *more)))
+    return step_latency_from(Latency(warmup_ms=(), samples_ms=(ms, *(more or [ms] * 4))))
 
 
 def test_bytes_of_the_up_layer() -> None:
@@ -186,7 +186,7 @@ def test_files_are_named_after_the_device(table: KernelTable, tmp_path: Path) ->
     ]
     content = json.loads(files[0].read_text(encoding="utf-8"))
     assert content["format_version"] == 1
-    assert content["rows"][0]["latencies"][OURS]["samples_ms"] == [0.1]
+    assert content["rows"][0]["latencies"][OURS]["samples_ms"] == [0.1] * 5
     assert content["rows"][0]["problem"]["case"] == "up-layer"
     assert files[1].read_text(encoding="utf-8") == format_markdown(table)
     assert device_folder("NVIDIA H200") == "nvidia-h200"

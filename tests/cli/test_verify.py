@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from restyle_deploy.bundle import EXPECTATION
+from restyle_deploy.cli.verify import _REFERENCES
+from restyle_deploy.verify_reference import NO_REFERENCE, REFERENCES
 from tests.bundles import add_engine, replace_arrays
 from tests.cli.conftest import Run
+from tests.faults import add_faulty_engine
 
 
 @pytest.fixture
@@ -27,8 +30,53 @@ def test_good_bundle_is_ok(run: Run, toy_bundle: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == "files: unchanged"
-    assert [line.split(":")[0] for line in lines[1:4]] == ["step 1", "step 2", "step 3"]
-    assert lines[4] == f"{toy_bundle}: ok"
+    assert [line.split(" latents ")[0] for line in lines[1:4]] == [
+        f"step {step}: from the stored results:" for step in (1, 2, 3)
+    ]
+    assert lines[4].startswith("reference: the exported graphs in ONNX Runtime")
+    number = r"\d\.\de-\d\d"
+    for step, line in enumerate(lines[5:8], start=1):
+        running = f"step {step}: running freely: latents {number}, images {number}"
+        assert re.fullmatch(
+            f"{running}; from the reference's state: latents {number}, images {number}, current {number}", line
+        )
+    assert lines[8:] == [f"{toy_bundle}: ok"]
+
+
+def test_stored_results_alone_are_compared_when_told(run: Run, toy_bundle: Path) -> None:
+    result = run("verify", toy_bundle, "--threads", 1, "--reference", "none")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 5
+    for options in (("--steps", 2), ("--layers",)):
+        refused = run("verify", toy_bundle, "--reference", "none", *options)
+        assert refused.exit_code == 2
+        assert "need a reference" in refused.stderr
+
+
+def test_reference_steps_and_layers_are_as_told(run: Run, toy_bundle: Path) -> None:
+    result = run("verify", toy_bundle, "--threads", 1, "--reference", "torch", "--steps", 4, "--layers")
+    assert result.exit_code == 0
+    assert "reference: the torch model in torch " in result.stdout
+    assert "step 4: running freely: " in result.stdout
+    for graph in ("encoder", "generator"):
+        pattern = rf"{graph}: \d+ outputs of layers compared, in the exported graphs: all within 0\.0001 of"
+        assert re.search(pattern, result.stdout)
+
+
+def test_layer_of_a_fault_is_named(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_faulty_engine(bundle, "generator", "decoder.convs.1.conv", factor=1.5)
+    result = run("verify", bundle, "--threads", 1)
+    assert result.exit_code == 1
+    assert "first beyond its tolerance: step 1, images: " in result.stdout
+    assert "cause: the step itself" in result.stdout
+    assert re.search(r"the first that differs is that of decoder\.convs\.1\.conv \(Conv, ", result.stdout)
+    assert re.fullmatch(r"Error: .*differs from the reference model; largest error per step.*\n", result.stderr)
+    assert f"{bundle}: ok" not in result.stdout
+
+
+def test_references_are_those_that_there_are() -> None:
+    assert (*REFERENCES, NO_REFERENCE) == _REFERENCES
 
 
 def test_json_holds_the_errors(run: Run, toy_bundle: Path) -> None:
@@ -36,13 +84,19 @@ def test_json_holds_the_errors(run: Run, toy_bundle: Path) -> None:
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
     assert facts["ok"] is True
+    assert facts["drift"]["reference"].startswith("the exported graphs")
+    assert max(facts["drift"]["forced"]["latent_errors"]) <= facts["drift"]["forced"]["latent_tolerance"]
+    assert (facts["first_exceeding"], facts["cause"], facts["layers"], facts["notes"]) == (None, None, [], [])
     assert len(facts["latent_errors"]) == len(facts["image_errors"]) == 3
     assert max(facts["latent_errors"]) <= facts["latent_tolerance"]
 
 
 def test_other_results_exit_with_1_and_the_errors_per_step(run: Run, tampered: Path) -> None:
     result = run("verify", tampered)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.exit_code == 1
+    assert "first beyond its tolerance: step 2, latents: 0.5, tolerance 0.0001" in result.stdout
+    assert "cause: the reference differs from the stored results too" in result.stdout
+    assert "ok" not in result.stdout.splitlines()[-1]
     number = r"[\d.e-]+"
     assert re.fullmatch(
         rf"Error: .*tampered: differs from the reference model; largest error per step: "

@@ -1,0 +1,179 @@
+"""Which configuration and step count to deploy: the Pareto front, a latency budget, and quality not to fall below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from restyle_deploy.bench.figures import Aggregate, MetricFacts
+from restyle_deploy.bench.quality import bootstrap_interval
+from restyle_deploy.bench.report import ConfigurationResult, Decision, Report, Row
+from restyle_deploy.errors import ReportError
+
+# Quality is judged by the first of these that was measured, unless a minimum names another.
+JUDGED_BY = ("lpips", "ms_ssim", "ssim", "psnr_db", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One configuration at one step count, with the figures that it is chosen by.
+
+    Attributes:
+        result, row: as the report has them.
+        quality: of the metric that judges.
+    """
+
+    result: ConfigurationResult
+    row: Row
+    quality: Aggregate
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name of the configuration, and steps."""
+        return self.result.configuration.name, self.row.steps
+
+    @property
+    def p95_ms(self) -> float:
+        """95th percentile of a call's latency: what a budget is held against."""
+        return self.row.latency.p95_ms
+
+
+def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, float]) -> Decision:
+    """Choose among all rows that were measured.
+
+    A budget limits the 95th percentile of a call. Among what meets budget and minimums, the best quality wins where a
+    budget was given, and the least latency where none was; of two whose difference the images do not tell, the faster.
+
+    Args:
+        report: its own `decision` is not read.
+        budget_ms: latency of one call; None for no limit.
+        minimums: by metric, of the mean; a maximum where lower is better.
+    Raises:
+        ReportError: a minimum's metric is unknown or was not measured.
+    """
+    metric = judging_metric(report.metrics, minimums)
+    candidates = list(_candidates(report, metric))
+    pareto = tuple(candidate.key for candidate in pareto_front(candidates, metric))
+    fitting = [each for each in candidates if budget_ms is None or each.p95_ms <= budget_ms]
+    good = [each for each in fitting if _meets(each.row, minimums, report.metrics)]
+    wanted = _describe_wish(budget_ms, minimums, report.metrics)
+    if not good:
+        reason = f"nothing meets {wanted}: {_nearest(candidates, fitting, budget_ms)}"
+        chosen = None
+    else:
+        chosen = _choose(good, metric, by_quality=budget_ms is not None or not minimums)
+        reason = _describe_choice(chosen, metric, wanted, len(candidates))
+    return Decision(
+        configuration=chosen.key[0] if chosen else None,
+        steps=chosen.key[1] if chosen else None,
+        budget_ms=budget_ms,
+        minimums=dict(minimums),
+        reason=reason,
+        pareto=pareto,
+    )
+
+
+def pareto_front(candidates: Sequence[Candidate], metric: MetricFacts) -> list[Candidate]:
+    """Return those that no other beats in latency, throughput and quality together, by rising latency."""
+    sign = 1 if metric.higher_is_better else -1
+
+    def merits(each: Candidate) -> tuple[float, float, float]:
+        assert each.quality.mean is not None
+        return -each.row.latency.median_ms, each.row.throughput, sign * each.quality.mean
+
+    points = [(merits(each), each) for each in candidates]
+    front = [
+        each
+        for own, each in points
+        if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other, _ in points)
+    ]
+    return sorted(front, key=lambda each: each.row.latency.median_ms)
+
+
+def judging_metric(metrics: Sequence[MetricFacts], minimums: Mapping[str, float]) -> MetricFacts:
+    """Return the metric that tells which of two rows is better: a minimum's, else the first of `JUDGED_BY`.
+
+    Raises:
+        ReportError: a minimum's metric is unknown or was not measured, or none was.
+    """
+    known = {metric.name: metric for metric in metrics}
+    for name in minimums:
+        if name not in known:
+            raise ReportError(f"no metric {name!r}; measured are {', '.join(known) or 'none'}")
+        if known[name].missing is not None:
+            raise ReportError(f"metric {name} was not measured: {known[name].missing}")
+    measured = [name for name in (*minimums, *JUDGED_BY, *known) if name in known and known[name].missing is None]
+    if not measured:
+        raise ReportError("no metric was measured: there is no quality to decide by")
+    return known[measured[0]]
+
+
+def _candidates(report: Report, metric: MetricFacts) -> Iterator[Candidate]:
+    for result in report.configurations:
+        for row in result.rows if result.status == "ok" else ():
+            quality = row.quality.get(metric.name)
+            if quality is not None and quality.mean is not None:
+                yield Candidate(result=result, row=row, quality=quality)
+
+
+def _meets(row: Row, minimums: Mapping[str, float], metrics: Sequence[MetricFacts]) -> bool:
+    higher_is_better = {metric.name: metric.higher_is_better for metric in metrics}
+    for name, limit in minimums.items():
+        mean = row.quality[name].mean if name in row.quality else None
+        if mean is None or (mean < limit if higher_is_better[name] else mean > limit):
+            return False
+    return True
+
+
+def _choose(good: Sequence[Candidate], metric: MetricFacts, *, by_quality: bool) -> Candidate:
+    """Return the fastest; with `by_quality`, of those whose quality cannot be told from the best one's."""
+    if by_quality:
+        best = (max if metric.higher_is_better else min)(good, key=lambda each: each.quality.mean or 0.0)
+        good = [each for each in good if not _is_worse(each, best, metric)]
+    return min(good, key=lambda each: (each.p95_ms, each.row.steps))
+
+
+def _is_worse(each: Candidate, best: Candidate, metric: MetricFacts) -> bool:
+    """Whether the images tell that a row is worse than another: the interval (95 %) of the paired difference says so.
+
+    Of a single image there is no interval: any difference counts.
+    """
+    pairs = zip(each.row.per_image[metric.name], best.row.per_image[metric.name], strict=True)
+    sign = 1 if metric.higher_is_better else -1
+    losses = np.array([sign * (better - own) for own, better in pairs if own is not None and better is not None])
+    low, _ = bootstrap_interval(losses)
+    return bool(low > 0 if low is not None else losses.size and losses.mean() > 0)
+
+
+def _describe_wish(budget_ms: float | None, minimums: Mapping[str, float], metrics: Sequence[MetricFacts]) -> str:
+    facts = {metric.name: metric for metric in metrics}
+    wishes = [] if budget_ms is None else [f"{budget_ms:g} ms (95th percentile of a call)"]
+    for name, limit in minimums.items():
+        relation = "at least" if facts[name].higher_is_better else "at most"
+        wishes.append(f"{facts[name].label} {relation} {limit:g}{_unit(facts[name])}")
+    return " and ".join(wishes) or "no limits"
+
+
+def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count: int) -> str:
+    name, steps = chosen.key
+    quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
+    return (
+        f"{name} with {steps} step{'s' if steps > 1 else ''}: p95 {chosen.p95_ms:.3g} ms, "
+        f"{chosen.row.throughput:.3g} images/s, {quality}; chosen of {count} rows for {wanted}"
+    )
+
+
+def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budget_ms: float | None) -> str:
+    if not candidates:
+        return "no row was measured"
+    if not fitting:
+        fastest = min(candidates, key=lambda each: each.p95_ms)
+        return f"the fastest row is {fastest.key[0]} with {fastest.key[1]} steps, p95 {fastest.p95_ms:.3g} ms"
+    where = "within the budget" if budget_ms is not None else "measured"
+    return f"of {len(fitting)} rows {where}, none has the quality"
+
+
+def _unit(metric: MetricFacts) -> str:
+    return f" {metric.unit}" if metric.unit else ""

@@ -1,0 +1,140 @@
+"""All metrics in the order of tables, and the set of them that is measured."""
+
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.bench.figures import MetricFacts
+from restyle_deploy.bench.metrics.base import Gauge, Metric, MetricOptions
+from restyle_deploy.bench.metrics.dlib_descriptor import DLIB, open_dlib
+from restyle_deploy.bench.metrics.identity import IDENTITY, open_identity
+from restyle_deploy.bench.metrics.perceptual import LPIPS, open_lpips
+from restyle_deploy.bench.metrics.pixels import L2, MSE, PSNR, open_l2, open_mse, open_psnr
+from restyle_deploy.bench.metrics.structure import MS_SSIM, SSIM, open_ms_ssim, open_ssim
+from restyle_deploy.errors import MetricError
+
+Opener = Callable[[MetricOptions, tuple[int, int]], Gauge]
+
+_TABLE: tuple[tuple[Metric, Opener], ...] = (
+    (MSE, open_mse),
+    (L2, open_l2),
+    (PSNR, open_psnr),
+    (SSIM, open_ssim),
+    (MS_SSIM, open_ms_ssim),
+    (LPIPS, open_lpips),
+    (IDENTITY, open_identity),
+    (DLIB, open_dlib),
+)
+METRICS: tuple[Metric, ...] = tuple(metric for metric, _ in _TABLE)
+MAX_BATCH = 8  # images that are compared at once: bounds the memory
+
+_log = logging.getLogger(__name__)
+
+
+class MetricSet:
+    """Metrics that are ready to measure; `open_metrics` makes it.
+
+    Attributes:
+        available: metrics that are measured, in the table's order; their source names the files that are used.
+        missing: why each of the others that were asked for cannot be measured, by name.
+        facts: available and missing ones in the table's order, as a report describes them.
+    """
+
+    def __init__(self, gauges: tuple[Gauge, ...], missing: Mapping[str, str], shape: tuple[int, int]) -> None:
+        self._gauges = gauges
+        self._shape = shape
+        self.available = tuple(gauge.metric for gauge in gauges)
+        self.missing = MappingProxyType(dict(missing))
+        opened = {metric.name: metric for metric in self.available}
+        asked = [metric for metric in METRICS if metric.name in opened or metric.name in missing]
+        self.facts = tuple(_facts_of(opened.get(metric.name, metric), missing.get(metric.name)) for metric in asked)
+
+    def __enter__(self) -> "MetricSet":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the models; a second time does nothing."""
+        self._gauges = ()
+
+    def measure(self, images: NDArray[np.float32], targets: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+        """Compare images with their targets, a few at a time.
+
+        Args:
+            images: [N, 3, h, w] float32, about [-1, 1], of the size that the set was opened for; N at least 1. Larger
+                images: `images.pool_images` first. Those that are not finite get NaN by every metric.
+            targets: the same shape, in [-1, 1].
+        Returns:
+            By the names of `available`: [N]; infinite where a metric says so, NaN where it is not defined.
+        Raises:
+            ValueError: a shape is another, there is no image, or the set is closed.
+            MetricError: a model failed.
+        """
+        if len(self._gauges) != len(self.available):
+            raise ValueError("the metrics are closed")
+        if (
+            images.shape != targets.shape
+            or images.ndim != 4
+            or images.shape[1:] != (3, *self._shape)
+            or not len(images)
+        ):
+            raise ValueError(
+                f"got images {list(images.shape)} and targets {list(targets.shape)}; "
+                f"expected {['N', 3, *self._shape]} for both, N >= 1"
+            )
+        are_finite = np.array([bool(np.isfinite(image).all()) for image in images])
+        finite = np.where(are_finite[:, None, None, None], images, np.float32(0))
+        return {
+            gauge.metric.name: np.where(are_finite, _measure_in_batches(gauge, finite, targets), np.nan)
+            for gauge in self._gauges
+        }
+
+
+def open_metrics(options: MetricOptions, shape: tuple[int, int]) -> MetricSet:
+    """Open all metrics that can run here; the others are told in `MetricSet.missing`, with what is missing.
+
+    Each one measures a grey image first, so that a model that does not fit is found here and not after an hour.
+
+    Args:
+        options: which metrics, and their files.
+        shape: (height, width) of the images to compare: the encoder's input size.
+    Raises:
+        ValueError: a name is not that of a metric.
+    """
+    known = [metric.name for metric in METRICS]
+    unknown = [name for name in options.names or () if name not in known]
+    if unknown:
+        raise ValueError(f"no metric {', '.join(unknown)}; there are {', '.join(known)}")
+    gauges, missing = [], {}
+    for metric, opener in _TABLE:
+        if options.names is not None and metric.name not in options.names:
+            continue
+        try:
+            gauge = opener(options, shape)
+            grey = np.zeros((1, 3, *shape), np.float32)
+            gauge.measure(grey, grey)
+            gauges.append(gauge)
+        except MetricError as error:
+            missing[metric.name] = str(error)
+            _log.info("%s is not measured: %s", metric.label, error)
+    return MetricSet(tuple(gauges), missing, shape)
+
+
+def _measure_in_batches(gauge: Gauge, images: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.concatenate(
+        [
+            gauge.measure(images[first : first + MAX_BATCH], targets[first : first + MAX_BATCH])
+            for first in range(0, len(images), MAX_BATCH)
+        ]
+    )
+
+
+def _facts_of(metric: Metric, missing: str | None) -> MetricFacts:
+    return MetricFacts(**vars(metric), missing=missing)

@@ -1,0 +1,179 @@
+"""One configuration after the other, within a time budget: what was finished before is taken, a sweep adds batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.bench.job import Job, key_of, plain_metric_options
+from restyle_deploy.bench.metrics import MetricOptions
+from restyle_deploy.bench.report import Configuration, ConfigurationResult, Part, read_part
+from restyle_deploy.bench.sweep import BatchPoint, next_batch
+from restyle_deploy.bench.worker import run_job, skipped_part
+from restyle_deploy.bundle import MANIFEST, Bundle
+from restyle_deploy.errors import ReportError
+from restyle_deploy.runtime.images import normalize_images, resize_image
+
+CELLS_FOLDER = "cells"
+
+Images = Sequence[tuple[str, NDArray[np.uint8]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """How configurations are measured, and what is made of the results.
+
+    Attributes:
+        steps: step counts, each at least 1 and given once; sorted here.
+        warmup: calls before the measured ones; None: until they are stable.
+        repeats: measured calls of each step count.
+        metrics: which, and their files.
+        picture_count: strips are drawn for the first so many images, and the page shows them.
+        against: one of `libraries.REFERENCES`: also measure the reference model in each configuration's process.
+        load_shares: see `Job`.
+        load_seconds: for each rate.
+        sweeps: whether batches are doubled from each configuration's until throughput no longer grows.
+        most_batch: of a sweep.
+        time_budget_s: no configuration begins after so long, and one that is being measured is ended; None: no limit.
+        resume: whether parts of a former run of the same benchmark are taken.
+        budget_ms, minimums: see `decision.decide`.
+    """
+
+    steps: tuple[int, ...]
+    warmup: int | None = None
+    repeats: int = 20
+    metrics: MetricOptions = MetricOptions()
+    picture_count: int = 8
+    against: str | None = None
+    load_shares: tuple[float, ...] = ()
+    load_seconds: float = 20.0
+    sweeps: bool = False
+    most_batch: int = 64
+    time_budget_s: float | None = None
+    resume: bool = False
+    budget_ms: float | None = None
+    minimums: Mapping[str, float] = field(default_factory=dict)
+
+
+class Jobs:
+    """Makes the jobs of one bench: the images are written once for all of them."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        images: Images,
+        output: Path,
+        options: BenchOptions,
+        *,
+        files: Sequence[Path],
+        folder: Path,
+    ) -> None:
+        self._bundle, self._output, self._options = bundle, output, options
+        self._names, self._files = tuple(name for name, _ in images), tuple(str(file.resolve()) for file in files)
+        targets = normalize_images(np.stack([resize_image(image, bundle.config.input_shape) for _, image in images]))
+        self._targets = folder / "targets.npy"
+        np.save(self._targets, targets)
+        self._content = targets.tobytes()
+
+    def create(self, configuration: Configuration, *, is_swept: bool = False) -> tuple[Job, str]:
+        """Return a configuration's job and key; a sweep's has the largest step count alone, and counts no quality."""
+        options = self._options
+        steps = tuple(sorted(options.steps))
+        job = Job(
+            bundle=str(self._bundle.path.resolve()),
+            configuration=configuration,
+            steps=steps[-1:] if is_swept else steps,
+            warmup=options.warmup,
+            repeats=options.repeats,
+            targets=str(self._targets),
+            names=self._names,
+            files=self._files,
+            output=str(self._output.resolve()),
+            picture_count=0 if is_swept else options.picture_count,
+            metrics=None if is_swept else plain_metric_options(options.metrics),
+            against=None if is_swept else options.against,
+            load_shares=() if is_swept else options.load_shares,
+            load_seconds=options.load_seconds,
+        )
+        manifest = (self._bundle.path / MANIFEST).read_bytes()
+        return job, key_of(job, manifest=manifest, targets=self._content)
+
+
+def measure_all(
+    jobs: Jobs,
+    configurations: Sequence[Configuration],
+    options: BenchOptions,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[Part], bool]:
+    """Return the parts, and whether the user interrupted; what was not begun then is skipped."""
+    began = time.monotonic()
+    parts: list[Part] = []
+    interrupted = False
+    for configuration, is_swept in _queue(configurations, options, parts):
+        job, key = jobs.create(configuration, is_swept=is_swept)
+        left = None if options.time_budget_s is None else options.time_budget_s - (time.monotonic() - began)
+        if interrupted:
+            parts.append(skipped_part(job, key, "the bench was interrupted before"))
+            continue
+        try:
+            parts.append(_measure_one(job, key, options, left, progress))
+        except KeyboardInterrupt:
+            interrupted = True
+            parts.append(skipped_part(job, key, "the bench was interrupted while it was measured"))
+    return parts, interrupted
+
+
+def _queue(
+    configurations: Sequence[Configuration], options: BenchOptions, parts: Sequence[Part]
+) -> Iterator[tuple[Configuration, bool]]:
+    """Yield configurations and whether they are only swept, by the parts that are there so far."""
+    given = {configuration.name for configuration in configurations}
+    for configuration in configurations:
+        yield configuration, False
+        if not options.sweeps or parts[-1].result.status != "ok":
+            continue
+        points = [_point_of(parts[-1].result)]
+        while (batch := next_batch(points, most_batch=options.most_batch)) is not None:
+            larger = replace(configuration, batch=batch)
+            if larger.name in given:
+                break  # measured with quality, in its own turn, and swept from there
+            yield larger, True
+            points.append(_point_of(parts[-1].result))
+
+
+def _point_of(result: ConfigurationResult) -> BatchPoint:
+    speed = result.rows[-1].throughput if result.rows else None
+    return BatchPoint(batch=result.configuration.batch, images_per_s=speed, reason=result.reason)
+
+
+def _measure_one(
+    job: Job, key: str, options: BenchOptions, left: float | None, progress: Callable[[str, int, int], None]
+) -> Part:
+    name = job.configuration.name
+    place = Path(job.output) / CELLS_FOLDER / f"{name}.json"
+    if options.resume and (found := _finished(place, key)):
+        return found
+    if left is not None and left <= 0:
+        return skipped_part(job, key, f"the time budget of {options.time_budget_s:g} s was spent")
+    return run_job(
+        job,
+        key,
+        part=place,
+        log=place.with_suffix(".log"),
+        seconds=left,
+        progress=lambda done, total: progress(name, done, total),
+    )
+
+
+def _finished(place: Path, key: str) -> Part | None:
+    """Return the part of a former run of the same job that went well."""
+    try:
+        part = read_part(place)
+    except ReportError:
+        return None
+    return part if part.key == key and part.result.status == "ok" else None

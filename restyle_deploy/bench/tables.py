@@ -1,0 +1,155 @@
+"""A report's figures as cells, for the terminal, the page and pull requests."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from restyle_deploy.bench.comparison import Ratio
+from restyle_deploy.bench.figures import Aggregate, MetricFacts, StepLatency
+from restyle_deploy.bench.report import ConfigurationResult, Report, Row
+from restyle_deploy.bench.series import axis_label, labels_of, measured_metrics, missing_note
+
+UNSTABLE_MARK = "!"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell: its text and what it is sorted by (`None` comes last)."""
+
+    text: str
+    order: float | str | None
+
+
+NOTHING = Cell(text="-", order=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Headers and rows of equal length; `keys` name the configuration and the steps of each row."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    keys: tuple[tuple[str, int], ...]
+
+
+def table_of(report: Report) -> Table:
+    """Return one row per configuration and step count: latency, throughput, quality, what it was compared with."""
+    metrics = measured_metrics(report)
+    results = [result for result in report.configurations if result.rows]
+    has_exact = any(result.exact is not None for result in results)
+    has_against = any(result.against is not None for result in results)
+    headers = ["configuration", "steps", "median ms", "p95 ms", "images/s", *(axis_label(item) for item in metrics)]
+    headers += ["exact/this", "PSNR to exact (dB)", "latent error"] if has_exact else []
+    headers += ["reference/this"] if has_against else []
+    labels = labels_of([result.configuration for result in report.configurations])
+    rows, keys = [], []
+    for result in results:
+        for index, row in enumerate(result.rows):
+            cells = [word_cell(labels[result.configuration.name]), _number(row.steps, 0), *_times(row)]
+            cells += [_mean(row.quality.get(metric.name), metric) for metric in metrics]
+            cells += _exact_cells(result, index) if has_exact else []
+            cells += _against_cells(result, index) if has_against else []
+            rows.append(tuple(cells))
+            keys.append((result.configuration.name, row.steps))
+    return Table(headers=tuple(headers), rows=tuple(rows), keys=tuple(keys))
+
+
+def format_table(report: Report) -> str:
+    """Return the table as plain text, with notes of what is unstable, failed, skipped or missing."""
+    table = table_of(report)
+    lines = [list(table.headers), *([cell.text for cell in row] for row in table.rows)]
+    return "\n".join([format_lines(lines), *notes_of(report)])
+
+
+def format_lines(lines: Sequence[Sequence[str]]) -> str:
+    """Return cells in columns: the first flush left, the others flush right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def notes_of(report: Report) -> list[str]:
+    """Return one sentence for each row that is unstable, each configuration without rows, and the missing metrics."""
+    labels = labels_of([result.configuration for result in report.configurations])
+    notes = []
+    for result in report.configurations:
+        label = labels[result.configuration.name]
+        if result.status != "ok":
+            notes.append(f"{label}: {result.status}: {result.reason}")
+        for row in result.rows:
+            if row.latency.unstable:
+                reason = row.latency.reason or "no reason given"
+                notes.append(f"{UNSTABLE_MARK} {label}, {count_steps(row.steps)}: unstable: {reason}")
+    missing = missing_note(report)
+    return notes + ([missing] if missing else [])
+
+
+def format_value(value: float | None, metric: MetricFacts) -> str:
+    """Return a metric's value with the decimals worth showing; "-" for one that is infinite or missing."""
+    return "-" if value is None else f"{value:.{metric.decimals}f}"
+
+
+def count_steps(steps: int) -> str:
+    """Return "1 step", "2 steps" and so on."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
+def format_figure(value: float) -> str:
+    """Return milliseconds or a rate with as many decimals as are worth showing."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def word_cell(text: str) -> Cell:
+    """Return a cell that is sorted by its text."""
+    return Cell(text=text, order=text)
+
+
+def figure_cell(value: float) -> Cell:
+    """Return a cell of milliseconds or a rate."""
+    return Cell(text=format_figure(value), order=value)
+
+
+def _times(row: Row) -> list[Cell]:
+    return [
+        Cell(text=_median(row.latency), order=row.latency.median_ms),
+        figure_cell(row.latency.p95_ms),
+        figure_cell(row.throughput),
+    ]
+
+
+def _exact_cells(result: ConfigurationResult, index: int) -> list[Cell]:
+    """Return what an approximate session gains and costs beside the exact one."""
+    if result.exact is None:
+        return [NOTHING] * 3
+    row = result.exact.rows[index]
+    psnr_db, latent_error = row.difference.psnr_db, row.difference.latent_error
+    psnr = Cell(text="equal", order=math.inf) if psnr_db is None else _number(psnr_db, 1)
+    return [_ratio(row.ratio), psnr, Cell(text=f"{latent_error:.1e}", order=latent_error)]
+
+
+def _against_cells(result: ConfigurationResult, index: int) -> list[Cell]:
+    return [NOTHING if result.against is None else _ratio(result.against.rows[index].ratio)]
+
+
+def _mean(aggregate: Aggregate | None, metric: MetricFacts) -> Cell:
+    if aggregate is None or aggregate.mean is None:
+        return NOTHING
+    return Cell(text=format_value(aggregate.mean, metric), order=aggregate.mean)
+
+
+def _median(latency: StepLatency) -> str:
+    return f"{UNSTABLE_MARK + ' ' if latency.unstable else ''}{format_figure(latency.median_ms)}"
+
+
+def _ratio(ratio: Ratio) -> Cell:
+    text = f"{ratio.median:.2f} ({ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f})"
+    return Cell(text=text, order=ratio.median)
+
+
+def _number(value: float, decimals: int) -> Cell:
+    return Cell(text=f"{value:.{decimals}f}", order=value)

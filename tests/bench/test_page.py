@@ -1,0 +1,160 @@
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from restyle_deploy.bench.page import write_page
+from restyle_deploy.bench.page_images import difference_map
+from restyle_deploy.bench.report import Report, write_report
+from restyle_deploy.bench.series import series_of
+from restyle_deploy.bench.strips import write_step_images
+from restyle_deploy.errors import ReportError
+from tests.bench.reports import write_made_up_images
+
+
+class Elements(HTMLParser):
+    """Collects the tags and attributes, and checks that what is opened is closed."""
+
+    VOID = frozenset({"meta", "link", "input", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(report: Report, folder: Path) -> str:
+    write_report(report, folder / "report.json")
+    return write_page(folder / "report.json", folder / "report.html").read_text(encoding="utf-8")
+
+
+def data_in(page: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    content: dict[str, Any] = json.loads(match[1])
+    return content
+
+
+def test_page_is_whole_and_fetches_nothing(report: Report, tmp_path: Path) -> None:
+    write_made_up_images(tmp_path, report)
+    elements = Elements(page_of(report, tmp_path)).found
+    sources = [value for _, attributes in elements for key, value in attributes.items() if key in ("src", "href")]
+    assert len(sources) > 100
+    assert all(value is not None and value.startswith("data:") for value in sources)
+    policy = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_chart_has_every_point_and_metric(report: Report, tmp_path: Path) -> None:
+    data = data_in(page_of(report, tmp_path))
+    assert [metric["name"] for metric in data["metrics"]] == ["mse", "psnr_db", "ssim"]
+    lines = series_of(report)
+    assert [line["label"] for line in data["series"]] == [line.label for line in lines]
+    row = report.configurations[0].rows[1]
+    point = data["series"][0]["points"][1]
+    assert (point["steps"], point["median"], point["p95"]) == (2, row.latency.median_ms, row.latency.p95_ms)
+    quality = row.quality["ssim"]
+    assert point["quality"]["ssim"] == [quality.mean, quality.low, quality.high]
+    assert data["series"][5]["points"][1]["unstable"] == "the interquartile range is above 10% of the median"
+    assert data["decision"] == {"name": "openvino-cpu-fp32-engine-b1", "steps": 5, "budget": 20.0}
+    assert data["logarithmic"] is True
+
+
+def test_sections_say_everything_that_was_measured(report: Report, tmp_path: Path) -> None:
+    page = page_of(report, tmp_path)
+    sections = re.findall(r'<section id="([a-z-]+)">', page)
+    assert sections == [
+        *("chart-section", "notes", "results", "stages", "load", "gains", "configurations", "metrics", "environment")
+    ]
+    assert page.count('<tr class="chosen">') == 1
+    for words in ("<td", "412", "performance", "Wang et al. 2004", "Some CPU", "LPIPS (no weights of the backbone"):
+        assert words in page
+
+
+def test_empty_sections_are_left_out(report: Report, tmp_path: Path) -> None:
+    result = report.configurations[1]
+    rows = tuple(replace(row, stages={}) for row in result.rows)
+    plain = replace(
+        report,
+        configurations=(replace(result, rows=rows, gains=(), load=()),),
+        metrics=report.metrics[:3],
+        decision=None,
+    )
+    page = page_of(plain, tmp_path)
+    sections = re.findall(r'<section id="([a-z-]+)">', page)
+    assert sections == ["chart-section", "results", "configurations", "metrics", "environment"]
+    assert '<div class="decision">' not in page
+    assert data_in(page)["decision"] is None
+
+
+def test_names_cannot_break_the_page(report: Report, tmp_path: Path) -> None:
+    name = '</script><b>&"'
+    odd = replace(report, bundle=replace(report.bundle, name=name))
+    labelled = replace(odd.configurations[2], reason=name, status="failed")
+    odd = replace(odd, configurations=(*odd.configurations[:2], labelled))
+    metric = replace(report.metrics[0], label=name)
+    page = page_of(replace(odd, metrics=(metric, *report.metrics[1:])), tmp_path)
+    Elements(page)
+    assert "<b>" not in page
+    assert data_in(page)["metrics"][0]["label"] == name
+
+
+def test_difference_maps_are_dark_where_equal_and_bright_where_not() -> None:
+    target = np.zeros((4, 4, 3), np.uint8)
+    image = target.copy()
+    image[0, 0] = 100
+    image[0, 1] = 50
+    picture = np.asarray(difference_map(image, target, 100.0).convert("RGB")).astype(int)
+    assert tuple(picture[0, 0]) == (252, 255, 164)
+    assert tuple(picture[3, 3]) == (0, 0, 4)
+    assert picture[3, 3].sum() < picture[0, 1].sum() < picture[0, 0].sum()
+
+
+def test_images_are_reduced_and_limited(report: Report, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    name = report.configurations[0].configuration.name
+    for index in range(9):
+        write_step_images(tmp_path, name, f"image-{index}", noise, {1: noise[::2, ::2]})
+    page = page_of(report, tmp_path)
+    assert page.count("<figure>") == 8 * 2
+    assert page.count('class="picture"') == 8 * 2
+    assert len(page) < 3_000_000
+
+
+def test_damaged_image_is_named(report: Report, tmp_path: Path) -> None:
+    write_made_up_images(tmp_path, report, count=1)
+    name = report.configurations[0].configuration.name
+    (tmp_path / "images" / name / "portrait-00" / "step-2.png").write_bytes(b"no image")
+    with pytest.raises(ReportError, match=r"step-2\.png: cannot be read as an image"):
+        page_of(report, tmp_path)
+
+
+def test_no_report_no_page(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="cannot be read"):
+        write_page(tmp_path / "report.json", tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_that_fits_is_said(report: Report, tmp_path: Path) -> None:
+    assert report.decision is not None
+    none = replace(report.decision, configuration=None, steps=None, reason="the fastest takes 30 ms")
+    assert "No configuration fits.</strong><p>the fastest takes 30 ms" in page_of(
+        replace(report, decision=none), tmp_path
+    )
