@@ -39,3 +39,7 @@ class ImageError(RestyleDeployError):
 
 class ReportError(RestyleDeployError):
     """A benchmark's report is missing, incomplete or of an unknown format, or cannot be written."""
+
+
+class DeviceError(RestyleDeployError):
+    """A GPU refused something: memory, a launch, a capture; or work on it failed."""
