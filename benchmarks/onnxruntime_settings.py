@@ -27,7 +27,7 @@ from restyle_deploy.bench.measure import measure_interleaved, step_latency_from
 from restyle_deploy.bundle import Bundle, GraphRecord, open_bundle
 from restyle_deploy.files import replace_when_complete
 from restyle_deploy.graph.plan import TABLE, apply_choices, find_sites
-from restyle_deploy.planner import bind_random, choose, specs_of
+from restyle_deploy.planner import choose, random_inputs, specs_of
 
 DEMO_BUNDLE = Path("engines/demo-faces")
 RESULT = Path("benchmarks/results/onnxruntime-settings.json")
@@ -109,7 +109,8 @@ def _bind_in_turn(records: Mapping[str, GraphRecord], change: Change) -> Callabl
         change(settings)
         session = ort.InferenceSession(str(record.path), settings, providers=["CPUExecutionProvider"])
         runner = backend.OnnxRuntimeRunner(session, record.inputs, record.outputs)
-        runs.append(bind_random(runner, record.inputs, record.outputs))
+        outputs = {spec.name: spec.allocate(1) for spec in record.outputs}
+        runs.append(runner.bind({**random_inputs(record.inputs), **outputs}))
 
     def run_in_turn() -> None:
         for run in runs:

@@ -26,6 +26,7 @@ from restyle_deploy.files import (
 )
 from restyle_deploy.runtime.session import Session, load_graphs
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
+from restyle_deploy.workbench import Workbench
 
 
 def build_engine(
@@ -178,11 +179,10 @@ def _check_preview(backend: Backend, built: BuiltGraphs, latents: NDArray[np.flo
     """Raise `VerificationError` unless the previews of [N, S, D] latents are finite."""
     preview = built.graphs["preview"]
     (latent,), (current,) = preview.inputs, preview.outputs
-    buffers = {latent.name: latents, current.name: current.allocate(len(latents))}
-    runner = backend.load(preview.path, preview.inputs, preview.outputs, options, built.weights.get("preview"))
-    try:
-        runner.bind(buffers)()
-    finally:
-        runner.close()
-    if not np.isfinite(buffers[current.name]).all():
+    with Workbench(options) as bench:
+        runner = bench.load(backend, preview.path, preview.inputs, preview.outputs, built.weights.get("preview"))
+        run = bench.bind(runner, preview.outputs, {latent.name: latents})
+        run()
+        is_finite = np.isfinite(run.result(current.name)).all()
+    if not is_finite:
         raise VerificationError("the engine's preview is not finite; check the model: restyle-deploy verify BUNDLE")

@@ -43,3 +43,7 @@ class ReportError(RestyleDeployError):
 
 class MetricError(RestyleDeployError):
     """A quality metric cannot be measured; the message names what is missing."""
+
+
+class DeviceError(RestyleDeployError):
+    """A GPU refused something: memory, a launch, a capture; or work on it failed."""

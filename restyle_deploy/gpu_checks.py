@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from restyle_deploy import __version__
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import PRECISIONS, EngineOptions
-from restyle_deploy.backends.tensorrt_device import find_devices, find_processor
+from restyle_deploy.backends.cuda_devices import find_devices, find_processor
 from restyle_deploy.bench.environment import installed_versions
 from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError, VerificationError
 from restyle_deploy.ops.cuda_versions import driver_version

@@ -4,15 +4,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from restyle_deploy.backends.base import DEFAULT_REQUEST, EXACT_PRECISION, Backend, BuildRequest, Runner, RunnerOptions
+from restyle_deploy.backends.base import DEFAULT_REQUEST, EXACT_PRECISION, Backend, BuildRequest, RunnerOptions
 from restyle_deploy.engines import GraphRecord
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
@@ -22,10 +22,13 @@ from restyle_deploy.graph.rewrites.tidy import tidy
 from restyle_deploy.latency import measure_interleaved
 from restyle_deploy.tensors import BATCH, TensorSpec
 from restyle_deploy.tuning import Times
+from restyle_deploy.workbench import Workbench, WorkbenchRun
 
 # Short runs are repeated until they have taken so long together, within these bounds.
 MEASURED_MS = 300.0
 LEAST_REPEATS, MOST_REPEATS = 5, 30
+# Runs that are launched and waited for together on a GPU.
+GPU_RUNS = 8
 # A choice so much slower than the best one in its first run is not measured further.
 DROPPED_ABOVE = 2.0
 # The table's choice stays unless another one is faster by more than measuring errs.
@@ -150,24 +153,22 @@ def measure_whole(
     """
     with (
         tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
-        ExitStack() as loaded,
+        Workbench(options, gpu_runs=GPU_RUNS) as bench,
     ):
         model = ir.load(exported.path)
-        runner, run = _load(model, Path(folder), "exported", backend=backend, options=options, request=request)
-        loaded.callback(runner.close)
-        runs = {"exported": run}
+        runs = {"exported": _load(model, Path(folder), "exported", bench, backend=backend, request=request)}
         for key, record in {"planned": planned, "target": target}.items():
             if record is not None:
                 file = record.path
-                runner = backend.load(file, record.inputs, record.outputs, options, weights.get(file.stem))
-                loaded.callback(runner.close)
-                runs[key] = bind_random(runner, record.inputs, record.outputs, batch=_batch_of(request))
+                runner = bench.load(backend, file, record.inputs, record.outputs, weights.get(file.stem))
+                values = random_inputs(record.inputs, batch=_batch_of(request))
+                runs[key] = bench.bind(runner, record.outputs, values)
         first = measure_interleaved(runs, warmup=1, repeats=1)
         repeats = repeats_for(min(first[key].median_ms for key in ("exported", "planned")))
         latencies = measure_interleaved(runs, warmup=0, repeats=repeats)
     samples = {key: np.array(latency.samples_ms) for key, latency in latencies.items()}
     planned_ms = samples["planned"] + samples.get("target", 0.0) / STEPS
-    exported_ms = float(np.median(samples["exported"]))
+    exported_ms = float(np.median(samples["exported"])) / bench.runs_per_call
     # By the ratio in each round, as a disturbance of the machine hits both alike.
     return {"exported": exported_ms, "planned": exported_ms * float(np.median(planned_ms / samples["exported"]))}
 
@@ -175,35 +176,29 @@ def measure_whole(
 def _measure_site(
     model: ir.Model, site: Site, *, backend: Backend, options: RunnerOptions, request: BuildRequest, epilogues: bool
 ) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
-        runs: dict[str, Callable[[], None]] = {}
-        extra_runs: dict[str, Callable[[], None]] = {}
-        runners: list[Runner] = []
-        try:
-            for choice in FAMILIES[site.family].choices_for(options.precision):
-                part, extra = _candidate(model, site, choice, epilogues=epilogues)
-                for graph, target in ((part, runs), (extra, extra_runs)):
-                    if graph is not None:
-                        stem = f"{len(runners)}"
-                        runner, run = _load(
-                            graph, Path(folder), stem, backend=backend, options=options, request=request
-                        )
-                        runners.append(runner)
-                        target[choice] = run
-            first = measure_interleaved(runs, warmup=0, repeats=1)
-            again = measure_interleaved(runs, warmup=0, repeats=1)  # the first run of a graph also allocates
-            best = min(latency.median_ms for latency in again.values())
-            kept = {choice: run for choice, run in runs.items() if again[choice].median_ms <= DROPPED_ABOVE * best}
-            repeats = repeats_for(best)
-            measured = measure_interleaved(kept, warmup=0, repeats=repeats)
-            extra_times = measure_interleaved(extra_runs, warmup=1, repeats=repeats) if extra_runs else {}
-        finally:
-            for runner in runners:
-                runner.close()
-    times = {choice: latency.median_ms for choice, latency in {**first, **again, **measured}.items()}
+    with (
+        tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
+        Workbench(options, gpu_runs=GPU_RUNS) as bench,
+    ):
+        runs: dict[str, WorkbenchRun] = {}
+        extra_runs: dict[str, WorkbenchRun] = {}
+        for choice in FAMILIES[site.family].choices_for(options.precision):
+            part, extra = _candidate(model, site, choice, epilogues=epilogues)
+            for graph, target in ((part, runs), (extra, extra_runs)):
+                if graph is not None:
+                    stem = f"{len(runs) + len(extra_runs)}"
+                    target[choice] = _load(graph, Path(folder), stem, bench, backend=backend, request=request)
+        # The first run of a graph also allocates.
+        again = measure_interleaved(runs, warmup=1, repeats=1)
+        best = min(latency.median_ms for latency in again.values())
+        kept = {choice: run for choice, run in runs.items() if again[choice].median_ms <= DROPPED_ABOVE * best}
+        repeats = repeats_for(best)
+        measured = measure_interleaved(kept, warmup=0, repeats=repeats)
+        extra_times = measure_interleaved(extra_runs, warmup=1, repeats=repeats) if extra_runs else {}
+    times = {choice: latency.median_ms for choice, latency in {**again, **measured}.items()}
     for choice, latency in extra_times.items():
         times[choice] += latency.median_ms / STEPS
-    return times
+    return {choice: time_ms / bench.runs_per_call for choice, time_ms in times.items()}
 
 
 def _with_epilogue(model: ir.Model, site: Site) -> Site:
@@ -237,16 +232,16 @@ def _extract(model: ir.Model, site: Site) -> ir.Model:
 
 
 def _load(
-    model: ir.Model, folder: Path, stem: str, *, backend: Backend, options: RunnerOptions, request: BuildRequest
-) -> tuple[Runner, Callable[[], None]]:
+    model: ir.Model, folder: Path, stem: str, bench: Workbench, *, backend: Backend, request: BuildRequest
+) -> WorkbenchRun:
     """Build and load a graph, and bind random inputs of the smallest batch."""
     path, engine = folder / f"{stem}.graph.onnx", folder / f"{stem}{backend.ENGINE_SUFFIX}"
     fix_batch(model, backend.ENGINE_BATCH)
     ir.save(model, path, external_data=f"{stem}.data")
-    backend.build(path, engine, options, request)
+    backend.build(path, engine, bench.options, request)
     inputs, outputs = specs_of(model)
-    runner = backend.load(engine, inputs, outputs, options, path if request.engine.stripped else None)
-    return runner, bind_random(runner, inputs, outputs, batch=_batch_of(request))
+    runner = bench.load(backend, engine, inputs, outputs, path if request.engine.stripped else None)
+    return bench.bind(runner, outputs, random_inputs(inputs, batch=_batch_of(request)))
 
 
 def _batch_of(request: BuildRequest) -> int:
@@ -258,15 +253,10 @@ def repeats_for(run_ms: float) -> int:
     return min(MOST_REPEATS, max(LEAST_REPEATS, int(MEASURED_MS / run_ms)))
 
 
-def bind_random(
-    runner: Runner, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, batch: int = 1
-) -> Callable[[], None]:
-    """Bind random inputs, normally distributed, the same for the same specs and batch."""
-    buffers = {spec.name: spec.allocate(batch) for spec in inputs + outputs}
+def random_inputs(inputs: tuple[TensorSpec, ...], *, batch: int = 1) -> dict[str, NDArray[np.float32]]:
+    """Return random inputs by name, normally distributed, the same for the same specs and batch."""
     random = np.random.default_rng(0)
-    for spec in inputs:
-        random.standard_normal(out=buffers[spec.name], dtype=np.float32)
-    return runner.bind(buffers)
+    return {spec.name: random.standard_normal(spec.concrete_shape(batch), dtype=np.float32) for spec in inputs}
 
 
 def specs_of(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import ShapeError
 
 BATCH = "N"
@@ -29,11 +30,12 @@ class TensorSpec:
         """Return the shape with every free size set to `batch`."""
         return tuple(batch if isinstance(size, str) else size for size in self.shape)
 
-    def check(self, array: NDArray[Any], batch: int) -> None:
+    def check(self, array: Array, batch: int) -> None:
         """Raise `ShapeError` unless `array` has this dtype, this shape at `batch`, and is C-contiguous."""
         expected = self.concrete_shape(batch)
-        if array.shape != expected or array.dtype != np.dtype(self.dtype) or not array.flags.c_contiguous:
-            layout = "contiguous" if array.flags.c_contiguous else "strided"
+        is_contiguous = isinstance(array, DeviceArray) or array.flags.c_contiguous
+        if array.shape != expected or array.dtype != np.dtype(self.dtype) or not is_contiguous:
+            layout = "contiguous" if is_contiguous else "strided"
             raise ShapeError(
                 f"{self.name}: got {layout} {array.dtype} {list(array.shape)}, "
                 f"expected contiguous {self.dtype} {list(expected)}"

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, BuildTarget, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, GraphRecord
+from restyle_deploy.device_array import Array
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.model_config import ModelConfig, graph_specs
 from restyle_deploy.processor import describe_processor
@@ -16,6 +17,7 @@ from restyle_deploy.runtime.loop import LoadedGraph
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
 from tests.bundles import borders_of_engine
+from tests.recording import RecordingDevice, array_from
 
 Buffers = Mapping[str, NDArray[Any]]
 
@@ -34,23 +36,33 @@ class FakeRunner:
         ran: addresses of the buffers of each run.
         closed: how often it was closed.
         compute: may be replaced.
+        device: whose queue its runs go to; None for runs that are done at once.
+        is_capturable: see `Runner`.
     """
 
-    def __init__(self, compute: Callable[[Buffers], None]) -> None:
-        self.compute = compute
+    def __init__(
+        self, compute: Callable[[Buffers], None], *, role: str = "graph", device: RecordingDevice | None = None
+    ) -> None:
+        self.compute, self.device, self._role = compute, device, role
+        self.is_capturable = True
         self.bound: list[Buffers] = []
         self.ran: list[dict[str, int]] = []
         self.closed = 0
 
-    def bind(self, buffers: Buffers) -> Callable[[], None]:
-        self.bound.append(buffers)
-        addresses = {name: array.ctypes.data for name, array in buffers.items()}
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
+        arrays = {name: array_from(buffer) for name, buffer in buffers.items()}
+        self.bound.append(arrays)
+        addresses = {name: array.ctypes.data for name, array in arrays.items()}
 
         def run() -> None:
             self.ran.append(addresses)
-            self.compute(buffers)
+            self.compute(arrays)
 
-        return run
+        def enqueue() -> None:
+            assert self.device is not None
+            self.device.enqueue(self._role, run)
+
+        return run if self.device is None else enqueue
 
     def close(self) -> None:
         self.closed += 1
@@ -101,26 +113,35 @@ def create_session(
     domain: str = "faces",
     encoder: Callable[[Buffers], None] = encode,
     generator: Callable[[Buffers], None] = generate,
+    device: RecordingDevice | None = None,
+    **options: Any,
 ) -> tuple[Session, FakeRunner, FakeRunner]:
-    """Return a session of 64 px on exported graphs, and its encoder and generator."""
-    runners = {"encoder": FakeRunner(encoder), "generator": FakeRunner(generator)}
-    return _session_of(runners, domain=domain, batch=None), runners["encoder"], runners["generator"]
+    """Return a session of 64 px on exported graphs, and its encoder and generator; `options` are the session's."""
+    computes = {"encoder": encoder, "generator": generator}
+    runners = {role: FakeRunner(compute, role=role, device=device) for role, compute in computes.items()}
+    session = _session_of(runners, domain=domain, batch=None, device=device, **options)
+    return session, runners["encoder"], runners["generator"]
 
 
 def create_engine_session(
-    *, roles: tuple[str, ...] = (), batch: int | None = None, domain: str = "faces"
+    *,
+    roles: tuple[str, ...] = (),
+    batch: int | None = None,
+    domain: str = "faces",
+    device: RecordingDevice | None = None,
+    **options: Any,
 ) -> tuple[Session, dict[str, FakeRunner]]:
     """Return a session of 64 px on an engine with `roles` besides encoder and generator, and all its runners."""
-    runners = create_runners(roles)
-    return _session_of(runners, domain=domain, batch=batch), runners
+    runners = create_runners(roles, device)
+    return _session_of(runners, domain=domain, batch=batch, device=device, **options), runners
 
 
-def create_runners(roles: tuple[str, ...]) -> dict[str, FakeRunner]:
+def create_runners(roles: tuple[str, ...], device: RecordingDevice | None = None) -> dict[str, FakeRunner]:
     """Return a runner for each graph of an engine with these roles besides encoder and generator."""
     optional = {"target": describe_target, "preview": preview}
     encoder = encode_features if "target" in roles else encode
     computes = {"encoder": encoder, "generator": generate, **{role: optional[role] for role in roles}}
-    return {role: FakeRunner(compute) for role, compute in computes.items()}
+    return {role: FakeRunner(compute, role=role, device=device) for role, compute in computes.items()}
 
 
 class MadeUpBackend:
@@ -195,7 +216,9 @@ class FakeBackend(MadeUpBackend):
         return self.runners[file.stem]
 
 
-def _session_of(runners: Mapping[str, FakeRunner], *, domain: str, batch: int | None) -> Session:
+def _session_of(
+    runners: Mapping[str, FakeRunner], *, domain: str, batch: int | None, device: RecordingDevice | None, **options: Any
+) -> Session:
     config = ModelConfig(encoder_type="BackboneEncoder", domain=domain, output_size=64, input_size=32, style_dim=4)
     graphs = {
         name: GraphRecord(path=Path(f"{name}.onnx"), sha256="", inputs=inputs, outputs=outputs)
@@ -221,4 +244,4 @@ def _session_of(runners: Mapping[str, FakeRunner], *, domain: str, batch: int | 
         for role, runner in runners.items()
     }
     description = {"backend": "fake", "precision": "fp32", "preview_steps": "preview" in runners}
-    return Session(bundle, loaded, description)
+    return Session(bundle, loaded, description, device=device, **options)

@@ -32,7 +32,7 @@ from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleErr
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, find_sites
 from restyle_deploy.graph.preview import preview_graph
-from restyle_deploy.runtime import session as session_module
+from restyle_deploy.runtime import opening as opening_module
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.tuning import write_times
@@ -132,6 +132,8 @@ class SpyBackend:
 
 class SpyRunner:
     """Satisfies `Runner`; takes no other batches than it was built for."""
+
+    is_capturable = True
 
     def __init__(self, runner: Any, seconds: float, batches: Batches) -> None:
         self._runner, self._seconds, self._batches = runner, seconds, batches
@@ -618,7 +620,7 @@ def test_engine_is_verified_and_runs_in_the_batches_that_it_takes(
     engine = build_engine(bundle, options())
     assert engine.build["verified"] is True
     assert "preview" in engine.graphs
-    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    monkeypatch.setattr(opening_module, "load_backend", lambda name: spy)
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
     with Session.open(bundle) as session:
         found = session.invert(images, steps=2)
@@ -630,7 +632,7 @@ def test_engine_is_verified_and_runs_in_the_batches_that_it_takes(
 
 def _inverted_plainly(bundle: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "load_backend", load_backend)
+        patch.setattr(opening_module, "load_backend", load_backend)
         with Session.open(bundle, plain=True) as session:
             return session.invert(images, steps=2).latents
 
@@ -685,7 +687,7 @@ def test_stripped_engine_takes_the_same_weights_when_it_is_opened(
     assert set(engine.build["graphs"]) == set(engine.graphs)
     assert all(set(stated) == {"digest"} for stated in engine.build["graphs"].values())
     assert not list((bundle / "engines").glob(".*"))
-    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    monkeypatch.setattr(opening_module, "load_backend", lambda name: spy)
     with Session.open(bundle) as session:
         check_parity(compare_with_expectation(session, load_expectation(session.bundle.expectation)), "the engine")
 
@@ -693,7 +695,7 @@ def test_stripped_engine_takes_the_same_weights_when_it_is_opened(
 def test_stripped_engine_refuses_other_weights(bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     spy.target = replace(spy.target, facts={"weights": "stripped", "plugin_hash": None})
     build_engine(bundle, options(engine=EngineOptions(stripped=True)))
-    monkeypatch.setattr(session_module, "load_backend", lambda name: spy)
+    monkeypatch.setattr(opening_module, "load_backend", lambda name: spy)
     edit_manifest(bundle, lambda manifest: manifest["engines"][0]["build"]["graphs"]["generator"].update(digest="ab"))
     expected = (
         rf"as the generator has changed; build it again: restyle-deploy build {re.escape(str(bundle))} .*--stripped"

@@ -35,6 +35,7 @@ BACKENDS: Mapping[str, BackendRow] = MappingProxyType(
             module="restyle_deploy.backends.onnxruntime", library="onnxruntime", extra="onnxruntime"
         ),
         "openvino": BackendRow(module="restyle_deploy.backends.openvino", library="openvino", extra="openvino"),
+        "pytorch": BackendRow(module="restyle_deploy.backends.pytorch", library="torch", extra="pytorch"),
         "tensorrt": BackendRow(
             module="restyle_deploy.backends.tensorrt",
             library="tensorrt",

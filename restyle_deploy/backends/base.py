@@ -6,8 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
+from restyle_deploy.device_array import Array
 from restyle_deploy.errors import BackendUnavailableError, ShapeError
 from restyle_deploy.tensors import TensorSpec
 
@@ -33,6 +32,24 @@ OPTION_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
+class Queue(Protocol):
+    """The queue of a GPU that runs are enqueued on, and working memory that all graphs of a session share.
+
+    Attributes:
+        stream: a `CUstream` as a number.
+    """
+
+    stream: int
+
+    def reserve_scratch(self, nbytes: int) -> None:
+        """Ask for working memory, while graphs are loaded; the largest request counts."""
+        ...
+
+    def scratch_address(self) -> int:
+        """Return the address of the working memory; from the first call on it stays where it is."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:
     """How a graph is run.
@@ -43,6 +60,8 @@ class RunnerOptions:
         precision: one of `PRECISIONS`, in which the library computes; inputs and outputs are float32 in any case.
         host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
         plugin_route: how our kernels are in the engine, by its record; None: as the backend would put them into one.
+        queue: of the GPU, owned by the session; None on the CPU, and where graphs are built but not run.
+        is_compiled: whether torch may compile what it runs, which takes minutes; other backends ignore it.
     """
 
     device: str = "cpu"
@@ -50,6 +69,8 @@ class RunnerOptions:
     precision: str = EXACT_PRECISION
     host_code_allowed: bool = False
     plugin_route: str | None = None
+    queue: Queue | None = None
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +153,25 @@ class BuildTarget:
 
 
 class Runner(Protocol):
-    """A loaded graph. Owned by the session, which closes it."""
+    """A loaded graph. Owned by the session, which closes it.
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    Attributes:
+        is_capturable: whether a CUDA graph can record its runs, once each of them has run; true on the CPU.
+    """
+
+    is_capturable: bool
+
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         """Bind the caller's buffers once and return a function that runs the graph on them, again and again.
 
+        On the CPU a run is complete when the function returns. On a GPU the function only enqueues on the stream of
+        `RunnerOptions.queue`: it waits for nothing and, from its second call on, allocates nothing.
         A backend may compile the graph when it first meets a batch size: that takes seconds for a large one.
 
         Args:
-            buffers: one array per input and output, of the spec's dtype and shape at one batch size, C-contiguous;
-                the run reads and writes them in place, and they stay alive as long as the function does.
+            buffers: one array per input and output, of the spec's dtype and shape at one batch size, C-contiguous, in
+                the device's memory; the run reads and writes them in place, and they stay alive as long as the
+                function does.
         Raises:
             ShapeError: a buffer is missing or does not fit its spec.
             BuildError: the library refuses the graph for this batch size.
@@ -261,7 +291,7 @@ def refuse_engine_options(backend: str, engine: EngineOptions, taken: frozenset[
         )
 
 
-def check_buffers(buffers: Mapping[str, NDArray[Any]], specs: tuple[TensorSpec, ...]) -> None:
+def check_buffers(buffers: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:
     """Raise `ShapeError` unless there is a fitting buffer for each spec, all of one batch size."""
     missing = [spec.name for spec in specs if spec.name not in buffers]
     if missing:

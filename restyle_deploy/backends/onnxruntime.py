@@ -1,41 +1,45 @@
-"""ONNX Runtime on the CPU, with bound and preallocated inputs and outputs."""
+"""ONNX Runtime on the CPU or a GPU, with bound and preallocated inputs and outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from restyle_deploy.backends import cpu, onnxruntime_cuda
 from restyle_deploy.backends.base import (
     DEFAULT_REQUEST,
     EXACT_PRECISION,
     BuildRequest,
     BuildTarget,
     EngineOptions,
+    Runner,
     RunnerOptions,
     check_buffers,
     refuse_engine_options,
 )
 from restyle_deploy.backends.cpu import check_graph as check_graph
 from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
-from restyle_deploy.backends.cpu import processors as processors
-from restyle_deploy.errors import BackendUnavailableError, BuildError
-from restyle_deploy.processor import describe_processor
+from restyle_deploy.backends.cuda_devices import find_processor, queue_of
+from restyle_deploy.device_array import Array
+from restyle_deploy.errors import BackendUnavailableError, BuildError, RestyleDeployError
 from restyle_deploy.tensors import TensorSpec
 
 ENGINE_OPTIONS: frozenset[str] = frozenset()
 ENGINE_SUFFIX = ".onnx"
 ENGINE_BATCH: int | None = None
 
+_CPU = "cpu"
 _ERRORS_ONLY = 3
 # Constants from this size on go to a file of their own beside an engine, which the system maps instead of reading it.
 _EXTERNAL_FROM_BYTES = 1024
 
 
 def devices() -> tuple[str, ...]:
-    """Return the devices that can run here."""
-    return ("cpu",)
+    """Return the devices that can run here: the CPU, and GPUs where ONNX Runtime was built for CUDA."""
+    return (_CPU, *onnxruntime_cuda.find_cuda_devices())
 
 
 def library_versions() -> Mapping[str, str]:
@@ -44,22 +48,33 @@ def library_versions() -> Mapping[str, str]:
 
 
 def check_options(options: RunnerOptions) -> None:
-    """Raise `BackendUnavailableError` unless the device is the CPU and the precision float32."""
+    """Raise `BackendUnavailableError` unless this machine can run with these options."""
     if options.device not in devices():
+        mend = ""
+        if options.device.startswith("cuda:") and not onnxruntime_cuda.has_provider():
+            mend = "; this ONNX Runtime has no CUDA: pip install 'restyle-deploy[onnxruntime-gpu]'"
         raise BackendUnavailableError(
-            f"backend onnxruntime: device {options.device!r} cannot run here; available: {', '.join(devices())}"
+            f"backend onnxruntime: device {options.device!r} cannot run here; available: {', '.join(devices())}{mend}"
         )
-    if options.precision != EXACT_PRECISION:
-        raise BackendUnavailableError(
-            f"backend onnxruntime: precision {options.precision} cannot run here: on the CPU it computes float32 only"
-        )
+    if options.device != _CPU:
+        refusal = onnxruntime_cuda.refusal_of_precision(options)
+    else:
+        refusal = None if options.precision == EXACT_PRECISION else "on the CPU it computes float32 only"
+    if refusal is not None:
+        raise BackendUnavailableError(f"backend onnxruntime: precision {options.precision} cannot run here: {refusal}")
+
+
+def processors(device: str) -> tuple[str, ...]:
+    """Return this machine's processor, or the GPU's compute capability, "sm_89" style."""
+    return cpu.processors(device) if device == _CPU else (find_processor(device),)
 
 
 def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
     """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
     refuse_engine_options("onnxruntime", engine, ENGINE_OPTIONS)
     check_options(options)
-    return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})
+    (processor,) = processors(options.device)
+    return BuildTarget(processor=processor, refusal=None, has_kernels=False, facts={})
 
 
 def build(
@@ -67,8 +82,8 @@ def build(
 ) -> Mapping[str, Any]:
     """Optimise an ONNX file for this machine and write the result; see `Backend.build`.
 
-    Convolution weights are stored in the blocked layout of this processor's vectors, constants are folded, and the
-    large ones lie in a file beside the engine: loading it maps that file and has nothing left to compute.
+    On the CPU convolution weights are stored in the blocked layout of this processor's vectors. Constants are folded,
+    and the large ones lie in a file beside the engine: loading it maps that file and has nothing left to compute.
     """
     settings = create_settings(options)
     settings.optimized_model_filepath = str(engine)
@@ -78,7 +93,11 @@ def build(
     settings.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
     )
-    _open(graph, settings)
+    if options.device == _CPU:
+        _open(graph, settings)
+    else:
+        with onnxruntime_cuda.typed_graph(graph, options.precision) as typed, _refusal(graph):
+            onnxruntime_cuda.open_session(typed, settings, options, None)
     return {}
 
 
@@ -88,9 +107,17 @@ def load(
     outputs: tuple[TensorSpec, ...],
     options: RunnerOptions,
     weights: Path | None = None,
-) -> "OnnxRuntimeRunner":
+) -> Runner:
     """Load an ONNX file or an engine; seconds for a large ONNX file, a fraction of one for its engine."""
-    return OnnxRuntimeRunner(_open(file, create_settings(options)), inputs, outputs)
+    settings = create_settings(options)
+    if options.device == _CPU:
+        return OnnxRuntimeRunner(_open(file, settings), inputs, outputs)
+    queue = queue_of(options)
+    with onnxruntime_cuda.typed_graph(file, options.precision) as typed, _refusal(file):
+        session, captures = onnxruntime_cuda.open_session(typed, settings, options, queue)
+    return onnxruntime_cuda.OnnxRuntimeCudaRunner(
+        session, inputs, outputs, options=options, queue=queue, captures=captures
+    )
 
 
 def create_settings(options: RunnerOptions) -> ort.SessionOptions:
@@ -114,15 +141,26 @@ def create_settings(options: RunnerOptions) -> ort.SessionOptions:
 
 
 def _open(file: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
-    try:
+    with _refusal(file):
         return ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no other common base
+
+
+@contextmanager
+def _refusal(file: Path) -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises, which has no common base, into a `BuildError` of one line."""
+    try:
+        yield
+    except RestyleDeployError:
+        raise
+    except Exception as error:
         reason = str(error).partition("\n")[0]
         raise BuildError(f"ONNX Runtime {ort.__version__} refuses {file.name}: {reason}") from error
 
 
 class OnnxRuntimeRunner:
-    """A graph loaded in ONNX Runtime; satisfies `Runner`."""
+    """A graph loaded in ONNX Runtime on the CPU; satisfies `Runner`."""
+
+    is_capturable = True
 
     def __init__(
         self, session: ort.InferenceSession, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
@@ -131,17 +169,18 @@ class OnnxRuntimeRunner:
         self._inputs = inputs
         self._outputs = outputs
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         """Bind host buffers; see `Runner.bind`."""
         if self._session is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._inputs + self._outputs)
+        arrays = cpu.host_arrays(buffers)
         binding = self._session.io_binding()
         for specs, bind_one in ((self._inputs, binding.bind_input), (self._outputs, binding.bind_output)):
             for spec in specs:
-                array = buffers[spec.name]
-                bind_one(spec.name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
-        return _BoundRun(self._session, binding, tuple(buffers.values()))
+                array = arrays[spec.name]
+                bind_one(spec.name, _CPU, 0, array.dtype, list(array.shape), array.ctypes.data)
+        return _BoundRun(self._session, binding, tuple(arrays.values()))
 
     def close(self) -> None:
         """Release the graph; safe to call twice."""

@@ -24,9 +24,11 @@ from restyle_deploy.backends.base import (
     refuse_engine_options,
 )
 from restyle_deploy.backends.cpu import check_graph as check_graph
+from restyle_deploy.backends.cpu import host_arrays
 from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
 from restyle_deploy.backends.cpu import processors as processors
 from restyle_deploy.backends.openvino_nodes import CONVERSIONS
+from restyle_deploy.device_array import Array
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.ops.onnx_functions import DOMAIN
 from restyle_deploy.processor import describe_processor
@@ -124,6 +126,8 @@ def load(
 class OpenVinoRunner:
     """A graph loaded in OpenVINO; satisfies `Runner`."""
 
+    is_capturable = True
+
     def __init__(
         self,
         create_request: Callable[[int], ov.InferRequest],
@@ -133,7 +137,7 @@ class OpenVinoRunner:
         self._create_request: Callable[[int], ov.InferRequest] | None = create_request
         self._specs = inputs + outputs
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         """Bind host buffers; see `Runner.bind`. An ONNX file's first bind of a batch size compiles it (seconds).
 
         Raises:
@@ -142,10 +146,11 @@ class OpenVinoRunner:
         if self._create_request is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._specs)
-        request = self._create_request(len(buffers[self._specs[0].name]))
+        arrays = host_arrays(buffers)
+        request = self._create_request(len(arrays[self._specs[0].name]))
         for spec in self._specs:
-            request.set_tensor(spec.name, ov.Tensor(buffers[spec.name], shared_memory=True))
-        return _BoundRun(request, tuple(buffers.values()), self._create_request)
+            request.set_tensor(spec.name, ov.Tensor(arrays[spec.name], shared_memory=True))
+        return _BoundRun(request, tuple(arrays.values()), self._create_request)
 
     def close(self) -> None:
         """Release the graph; safe to call twice."""

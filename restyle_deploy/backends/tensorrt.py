@@ -22,7 +22,7 @@ from restyle_deploy.backends.base import (
     RunnerOptions,
     refuse_engine_options,
 )
-from restyle_deploy.backends.tensorrt_device import find_devices, find_name, find_processor, set_current
+from restyle_deploy.backends.cuda_devices import find_devices, find_name, find_processor, queue_of, set_current
 from restyle_deploy.backends.tensorrt_library import (
     AMPERE,
     AMPERE_AND_NEWER,
@@ -166,6 +166,7 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_runner import TensorRtRunner, load_engine
 
         self.check_options(options)
+        queue = queue_of(options)
         if (options.plugin_route or self._kernels(is_wanted=True)[0]) == "jit":
             _plugins().register_plugins(self._trt, "jit")
         with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
@@ -178,7 +179,7 @@ class TensorRtBackend:
                 plan = _read(file, self._trt)
             engine = load_engine(self._trt, plan, options, name=file.name, weights=typed)
         cache = file.with_suffix(".runtime.cache") if self._library.builds_anywhere and file.suffix != ".onnx" else None
-        return TensorRtRunner(engine, inputs, outputs, device=options.device, cache=cache)
+        return TensorRtRunner(engine, inputs, outputs, device=options.device, queue=queue, cache=cache)
 
     def _network(self, graph: Path, folder: Path, options: RunnerOptions, request: BuildRequest) -> Any:
         """Return the network of an ONNX file, typed by the precision; `folder` takes a copy with weights."""

@@ -197,6 +197,8 @@ class Network:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else an engine has no layer names
         config.progress_monitor = self._monitor
         (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)  # set by default
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else a run may allocate, and not be captured
         if engine.stripped:
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         if engine.version_compatible:

@@ -1,16 +1,16 @@
-"""Running a TensorRT engine on host buffers: copied to the GPU, run, and copied back, on one stream."""
+"""Running a TensorRT engine on arrays of the GPU, on the session's stream: nothing is copied, and nothing waits."""
 
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from cuda.core import Buffer, Device, Stream
-from numpy.typing import NDArray
-
-from restyle_deploy.backends.base import RunnerOptions, check_buffers
-from restyle_deploy.backends.tensorrt_device import index_of
+from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
+from restyle_deploy.backends.cuda_devices import device_arrays, index_of
 from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
+from restyle_deploy.cuda_driver import call, current_context, primary_context
+from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BuildError, ShapeError
 from restyle_deploy.files import replace_when_complete
 from restyle_deploy.tensors import TensorSpec
@@ -29,6 +29,12 @@ class LoadedEngine:
         least, _, most = self.engine.get_tensor_profile_shape(name, 0)
         return int(least[0]), int(most[0])
 
+    def require(self, done: Any, what: str) -> None:
+        """Raise `BuildError` with the last error that the library has logged, unless it has done what it was told."""
+        if not done:
+            reason = describe_errors(self.logger.errors[-1:])
+            raise BuildError(f"{describe_library(self.trt)} cannot {what}: {reason}")
+
 
 def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weights: Path | None) -> LoadedEngine:
     """Deserialise an engine on a device.
@@ -42,16 +48,16 @@ def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weigh
     Raises:
         BuildError: the library refuses the engine, or the weights do not fit it.
     """
-    Device(index_of(options.device)).set_current()
-    logger = create_logger(trt)
-    runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = options.host_code_allowed
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BuildError(f"{describe_library(trt)} refuses {name}: {describe_errors(logger.errors)}")
-    loaded = LoadedEngine(trt, logger, runtime, engine)
-    if weights is not None:
-        _refit(loaded, weights, name=name)
+    with current_context(primary_context(index_of(options.device))):
+        logger = create_logger(trt)
+        runtime = trt.Runtime(logger)
+        runtime.engine_host_code_allowed = options.host_code_allowed
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BuildError(f"{describe_library(trt)} refuses {name}: {describe_errors(logger.errors)}")
+        loaded = LoadedEngine(trt, logger, runtime, engine)
+        if weights is not None:
+            _refit(loaded, weights, name=name)
     return loaded
 
 
@@ -69,7 +75,12 @@ def _refit(loaded: LoadedEngine, weights: Path, *, name: str) -> None:
 class TensorRtRunner:
     """An engine loaded on a GPU; satisfies `Runner`.
 
-    All that is bound shares one execution context and one stream: a session runs one graph at a time.
+    There is one execution context for each batch size that is bound: a context that changes its shapes would spoil the
+    CUDA graphs that its runs were captured in. Their activations lie in the queue's working memory, which all contexts
+    of all graphs share, as a session runs one graph after the other.
+
+    Attributes:
+        is_capturable: false once a run has shown that the library has to ask for memory in between.
     """
 
     def __init__(
@@ -79,119 +90,152 @@ class TensorRtRunner:
         outputs: tuple[TensorSpec, ...],
         *,
         device: str,
+        queue: Queue,
         cache: Path | None,
     ) -> None:
-        """Create the execution context.
+        """Ask the queue for as much working memory as a run takes.
 
         Args:
             loaded: owned by the runner from now on.
             inputs, outputs: its border.
             device: that it was loaded on.
-            cache: the file that keeps what TensorRT for RTX compiles on the device; None for TensorRT.
-        Raises:
-            BuildError: the context cannot be created, for want of memory mostly.
+            queue: that it runs on.
+            cache: the file that keeps what TensorRT for RTX compiles on the device; None for no such file.
         """
+        self.is_capturable = True
         self._inputs, self._outputs = inputs, outputs
-        self._device = Device(index_of(device))
-        self._device.set_current()
+        self._device, self._cuda = device, primary_context(index_of(device))
         self._loaded: LoadedEngine | None = loaded
-        self._cache = _RuntimeCache(loaded.engine, cache) if cache is not None else None
-        settings = (self._cache.config,) if self._cache is not None else ()
-        self._context: Any = loaded.engine.create_execution_context(*settings)
-        if self._context is None:
-            reason = describe_errors(loaded.logger.errors)
-            raise BuildError(f"{describe_library(loaded.trt)} cannot create an execution context: {reason}")
-        self._stream = self._device.create_stream()
+        self._queue = queue
+        with current_context(self._cuda):
+            self._settings = _ContextSettings(loaded, cache)
+        self._contexts: WeakValueDictionary[int, _Context] = WeakValueDictionary()
+        queue.reserve_scratch(int(loaded.engine.device_memory_size_v2))
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
-        """Bind host buffers, and allocate as much on the GPU; see `Runner.bind`.
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
+        """Bind arrays of the GPU; see `Runner.bind`. TensorRT for RTX compiles for a new batch size (seconds).
 
         Raises:
             ShapeError: a buffer does not fit, or the batch lies outside the engine's profile.
+            BuildError: there is no execution context to be had, for want of memory mostly.
         """
         if self._loaded is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._inputs + self._outputs)
         least, most = self._loaded.batches(self._inputs[0].name)
-        batch = len(buffers[self._inputs[0].name])
+        batch = buffers[self._inputs[0].name].shape[0]
         if not least <= batch <= most:
             raise ShapeError(
                 f"a run of {batch} images: the engine was built for {least} to {most}; build one for other batches: "
                 f"restyle-deploy build, with --min-batch or --max-batch"
             )
-        self._device.set_current()
-        return _BoundRun(
-            self._loaded, self._context, buffers, device=self._device, stream=self._stream, inputs=self._inputs
-        )
+        arrays = device_arrays(buffers, self._device)
+        context = self._contexts.get(batch)
+        if context is None:
+            shapes = {spec.name: spec.concrete_shape(batch) for spec in self._inputs}
+            with current_context(self._cuda):
+                context = self._contexts[batch] = _Context(self._loaded, self._settings, shapes, queue=self._queue)
+        return _BoundRun(self, context, arrays, cuda=self._cuda)
 
     def close(self) -> None:
-        """Release the engine, and keep what the device compiled for the next time; safe to call twice."""
+        """Wait, release the engine, and keep what the device compiled for the next time; safe to call twice."""
         if self._loaded is None:
             return
-        self._device.set_current()
-        if self._cache is not None:
-            self._cache.save()
-        self._stream.sync()
-        self._context, self._cache, self._loaded = None, None, None
-        self._stream.close()
+        with current_context(self._cuda):
+            call("cuStreamSynchronize", self._queue.stream)
+            self._settings.save()
+            self._loaded = None
+
+
+class _Context:
+    """An execution context for one batch size, in the queue's working memory."""
+
+    def __init__(
+        self, loaded: LoadedEngine, settings: "_ContextSettings", shapes: Mapping[str, tuple[int, ...]], *, queue: Queue
+    ) -> None:
+        self._loaded, self._queue = loaded, queue
+        self._context = settings.create_context()
+        loaded.require(self._context is not None, "create an execution context")
+        for name, shape in shapes.items():
+            loaded.require(self._context.set_input_shape(name, shape), f"take {list(shape)} for {name}")
+        self._has_memory = False
+        self._bound: object = None
+
+    def enqueue(self, arrays: Mapping[str, DeviceArray], run: object) -> None:
+        """Enqueue a run on its arrays; their addresses are set unless the same run was the last one here.
+
+        Args:
+            arrays: by name.
+            run: tells runs apart.
+        """
+        if not self._has_memory:
+            # At the first run: by now all graphs that share the memory are loaded.
+            size = int(self._loaded.engine.device_memory_size_v2)
+            if size:
+                self._context.set_device_memory(self._queue.scratch_address(), size)
+            self._has_memory = True
+        if self._bound is not run:
+            self._bound = None
+            for name, array in arrays.items():
+                done = self._context.set_tensor_address(name, array.address)
+                self._loaded.require(done, f"take the address of {name}")
+            self._bound = run
+        self._loaded.require(self._context.execute_async_v3(self._queue.stream), "run the engine")
+
+    def is_capturable(self) -> bool:
+        """Whether the library says that a stream's capture can record its runs; those that do not tell can."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._queue.stream))
 
 
 class _BoundRun:
-    """A run on fixed host buffers. It owns as much memory on the GPU."""
+    """A run on fixed arrays, which it keeps alive, as it does the engine."""
 
     def __init__(
-        self,
-        loaded: LoadedEngine,
-        context: Any,
-        buffers: Mapping[str, NDArray[Any]],
-        *,
-        device: Device,
-        stream: Stream,
-        inputs: tuple[TensorSpec, ...],
+        self, runner: TensorRtRunner, context: _Context, arrays: Mapping[str, DeviceArray], *, cuda: int
     ) -> None:
-        self._loaded, self._context, self._stream, self._device = loaded, context, stream, device
-        self._arrays = dict(buffers)
-        self._host = {
-            name: Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array) for name, array in buffers.items()
-        }
-        self._on_device = {name: device.allocate(array.nbytes, stream=stream) for name, array in buffers.items()}
-        self._input_names = tuple(spec.name for spec in inputs)
-        self._output_names = tuple(name for name in buffers if name not in self._input_names)
+        self._runner, self._context, self._arrays, self._cuda = runner, context, arrays, cuda
+        self._token = object()
+        self._has_run = False
 
     def __call__(self) -> None:
-        self._device.set_current()  # a session's threads take turns
-        for name, memory in self._on_device.items():
-            self._require(self._context.set_tensor_address(name, int(memory.handle)), f"take the address of {name}")
-        for name in self._input_names:
-            shape = self._arrays[name].shape
-            self._require(self._context.set_input_shape(name, shape), f"take {list(shape)} for {name}")
-            self._on_device[name].copy_from(self._host[name], stream=self._stream)
-        self._require(self._context.execute_async_v3(int(self._stream.handle)), "run the engine")
-        for name in self._output_names:
-            self._on_device[name].copy_to(self._host[name], stream=self._stream)
-        self._stream.sync()
-
-    def _require(self, done: bool, what: str) -> None:
-        """Raise `BuildError` with the last error that the library has logged, unless it has done what it was told."""
-        if not done:
-            reason = describe_errors(self._loaded.logger.errors[-1:])
-            raise BuildError(f"{describe_library(self._loaded.trt)} cannot {what}: {reason}")
+        with current_context(self._cuda):  # any thread may call, with another device of its own
+            self._context.enqueue(self._arrays, self._token)
+        if not self._has_run:
+            self._has_run = True
+            self._runner.is_capturable = self._runner.is_capturable and self._context.is_capturable()
 
 
-class _RuntimeCache:
-    """What TensorRT for RTX compiles for a device when a context is created or first runs, kept in a file."""
+class _ContextSettings:
+    """How contexts are made, and what TensorRT for RTX compiles for a device meanwhile, kept in a file."""
 
-    def __init__(self, engine: Any, path: Path) -> None:
-        self._path = path
-        self.config = engine.create_runtime_config()
-        self._cache = self.config.create_runtime_cache()
-        self._kept = path.read_bytes() if path.is_file() else b""
-        if self._kept and not self._cache.deserialize(self._kept):
-            LOGGER.info("%s: of another device or version; it is made anew", path)
-        self.config.set_runtime_cache(self._cache)
+    def __init__(self, loaded: LoadedEngine, path: Path | None) -> None:
+        trt, self._engine, self._path = loaded.trt, loaded.engine, path
+        self._given = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._cache: Any = None
+        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            return
+        config = loaded.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._given)
+        # Otherwise a run starts with other kernels, until those for its shapes have been compiled beside it: a captured
+        # graph would keep the slow ones, and results would change between two runs.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._given = config
+        if path is not None:
+            self._cache = config.create_runtime_cache()
+            self._kept = path.read_bytes() if path.is_file() else b""
+            if self._kept and not self._cache.deserialize(self._kept):
+                LOGGER.info("%s: of another device or version; it is made anew", path)
+            config.set_runtime_cache(self._cache)
+
+    def create_context(self) -> Any:
+        """Return a new execution context without memory; None where the library refuses."""
+        return self._engine.create_execution_context(self._given)
 
     def save(self) -> None:
         """Write the file if there is more to keep than it has; a bundle that cannot be written stays as it is."""
+        if self._cache is None or self._path is None:
+            return
         content = bytes(memoryview(self._cache.serialize()))
         if content == self._kept:
             return

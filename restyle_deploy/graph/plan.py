@@ -205,6 +205,14 @@ TABLE: Mapping[str, Choices] = MappingProxyType(
             "convolution": "winograd",
             "target": "every step",
         },
+        "pytorch": {
+            "upsampling": "node",
+            "skip": "node",
+            "batchnorm": "kept",
+            "heads": "merged",
+            "convolution": "direct",
+            "target": "every step",
+        },
         "tensorrt": {
             "upsampling": "node",
             "skip": "node",

@@ -1,21 +1,31 @@
-"""Graphs that are loaded, and the loop over them on preallocated and bound buffers."""
+"""Graphs that are loaded, and loops over them on the session's state: bound once, recorded once, and replayed."""
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
-from restyle_deploy.bundle import Bundle, GraphRecord
-from restyle_deploy.tensors import BATCH, TensorSpec
+from restyle_deploy.bundle import GraphRecord
+from restyle_deploy.device_array import Array
+from restyle_deploy.errors import DeviceError
+from restyle_deploy.runtime.arena import LATENTS, Arrays, State, part_of, place_arrays
+from restyle_deploy.runtime.base import Device, Event, Replay
+from restyle_deploy.tensors import BATCH
+
+LOGGER = logging.getLogger(__name__)
 
 Run = Callable[[], None]
 NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
+
+# Loops kept, each with its recording.
+LOOPS_KEPT = 8
+# Batch sizes kept bound on the host, where a library keeps working memory, or a compiled graph, for each: one for full
+# batches, one for what remains.
+HOST_BATCHES_KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +35,7 @@ class LoadedGraph:
     record: GraphRecord
     runner: Runner
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> list[Run]:
+    def bind(self, buffers: Mapping[str, Array]) -> list[Run]:
         """Bind those of the buffers that the graph names: one run, or one per image for a graph that takes one image.
 
         Args:
@@ -36,8 +46,10 @@ class LoadedGraph:
         if specs[0].shape[0] == BATCH:
             return [self.runner.bind(named)]
         count = len(named[specs[0].name])
-        parts = ({name: array[index : index + 1] for name, array in named.items()} for index in range(count))
-        return [self.runner.bind(part) for part in parts]
+        return [
+            self.runner.bind({name: part_of(array, index, index + 1) for name, array in named.items()})
+            for index in range(count)
+        ]
 
 
 def load_graphs(
@@ -62,74 +74,213 @@ def load_graphs(
     return graphs
 
 
-class Loop:
-    """Buffers of one batch size and the runs bound to them. `run` allocates nothing.
+class BoundGraphs:
+    """The runs of all graphs on the state, at one batch size.
 
-    Two latents take turns: step t reads one and writes the other. With `steps_kept` there are as many images and one
-    more latent, and every step has its own.
+    Two latents take turns: step t reads one and writes the other. With `steps_kept`, every step has an image and a
+    latent of its own instead, in a block that this owns.
+
+    Attributes:
+        target_runs: once per call.
+        encoder_runs, generator_runs, preview_runs: by turn; no previews where the generator renders every step.
     """
 
-    def __init__(self, bundle: Bundle, graphs: Mapping[str, LoadedGraph], *, batch: int, steps_kept: int) -> None:
-        """Allocate and bind.
+    def __init__(
+        self, device: Device, state: State, graphs: Mapping[str, LoadedGraph], *, batch: int, steps_kept: int
+    ) -> None:
+        """Allocate what is kept, and bind.
 
         Args:
-            bundle: gives the average that the loop starts from.
+            device, state: where the graphs run.
             graphs: `encoder` and `generator`. With `target`, that runs once for each image set and the encoder takes
                 its features. With `preview`, that takes the generator's place at all steps but the last.
             batch: images of one run.
             steps_kept: steps whose results are kept; 0 for the last one only, as a preview has no image.
         """
-        self._bundle = bundle
-        specs = {
-            spec.name: replace(spec, shape=(BATCH, *spec.shape[1:]))
-            for record in (*bundle.graphs.values(), *(graph.record for graph in graphs.values()))
-            for spec in record.inputs + record.outputs
-        }
-        self._target, self._current = specs["target"].allocate(batch), specs["current"].allocate(batch)
-        self.images = specs["image"].allocate(batch, leading=(max(1, steps_kept),))
-        self._latents = specs["latent"].allocate(batch, leading=(max(2, steps_kept + 1),))
-        self._steps_kept = steps_kept
-        shared = {"target": self._target, "current": self._current}
-        self._target_runs: list[Run] = []
-        if "target" in graphs:
-            shared |= _allocate_outputs(graphs["target"].record, specs, batch)
-            self._target_runs = graphs["target"].bind(shared)
-        self._encoder_runs: list[list[Run]] = []
-        self._generator_runs: list[list[Run]] = []
-        self._preview_runs: list[list[Run]] = []
-        for step in range(max(2, steps_kept)):
-            before, after = self._latents[step], self._latents[(step + 1) % len(self._latents)]
-            self._encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
-            rendered = {**shared, "latent": after, "image": self.images[step % len(self.images)]}
-            self._generator_runs.append(graphs["generator"].bind(rendered))
+        self._state, self._batch, self._steps_kept = state, batch, steps_kept
+        self._kept = _KeptSteps(device, graphs, batch=batch, steps=steps_kept) if steps_kept else None
+        shared = {name: state.part(name, 0, batch) for name in state.names}
+        self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
+        self.encoder_runs: list[list[Run]] = []
+        self.generator_runs: list[list[Run]] = []
+        self.preview_runs: list[list[Run]] = []
+        for turn in range(steps_kept or len(LATENTS)):
+            before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
+            self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
+            rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
+            self.generator_runs.append(graphs["generator"].bind(rendered))
             if "preview" in graphs:
-                self._preview_runs.append(graphs["preview"].bind(rendered))
+                self.preview_runs.append(graphs["preview"].bind(rendered))
 
-    def run(self, target: NDArray[np.float32], steps: int) -> None:
-        """Start from the average and take `steps` steps; the image is that of the last one.
-
-        Of fewer targets than the batch the last one fills the rest.
-        """
-        self._target[: len(target)], self._target[len(target) :] = target, target[-1:]
-        np.copyto(self._current, self._bundle.average_image)
-        np.copyto(self._latents[0], self._bundle.latent_avg)
-        for run in self._target_runs:
-            run()
-        intermediate = self._preview_runs or self._generator_runs
-        for step in range(steps):
-            turn = step % len(self._encoder_runs)
-            for run in self._encoder_runs[turn]:
-                run()
-            for run in (intermediate if step < steps - 1 else self._generator_runs)[turn]:
-                run()
-
-    def results(self, steps: int) -> NDArray[np.float32]:
-        """Return the latents that `run` left: a view of [kept, N, S, D]."""
+    def results(self, steps: int, count: int) -> list[tuple[Array, Array]]:
+        """Return (image, latent) of the first `count` images, for each step that is kept: views."""
         if self._steps_kept:
-            return self._latents[1:]
-        last = steps % 2
-        return self._latents[last : last + 1]
+            return [(self._image(step, count), self._latent(step + 1, count)) for step in range(self._steps_kept)]
+        return [(self._image(0, count), self._latent(steps, count))]
+
+    def close(self) -> None:
+        """Release what is kept; safe to call twice."""
+        if self._kept is not None:
+            self._kept.block.close()
+
+    def _image(self, step: int, count: int) -> Array:
+        if self._kept is None:
+            return self._state.part("image", 0, count)
+        first = step * self._batch
+        return self._kept.arrays.part("image", first, first + count)
+
+    def _latent(self, step: int, count: int) -> Array:
+        """Return what step `step`, counted from 1, has written; 0 for what the first one reads."""
+        if self._kept is None or step == 0:
+            return self._state.part(LATENTS[step % len(LATENTS)], 0, count)
+        first = (step - 1) * self._batch
+        return self._kept.arrays.part("latent", first, first + count)
 
 
-def _allocate_outputs(record: GraphRecord, specs: Mapping[str, TensorSpec], batch: int) -> dict[str, NDArray[Any]]:
-    return {spec.name: specs[spec.name].allocate(batch) for spec in record.outputs}
+class _KeptSteps:
+    """Images and latents of all steps."""
+
+    def __init__(self, device: Device, graphs: Mapping[str, LoadedGraph], *, batch: int, steps: int) -> None:
+        specs = {spec.name: spec for spec in (*graphs["generator"].record.inputs, *graphs["generator"].record.outputs)}
+        shapes = {name: specs[name].concrete_shape(1)[1:] for name in ("latent", "image")}
+        places, nbytes = place_arrays(shapes, steps * batch)
+        self.block = device.allocate(nbytes)
+        self.arrays = Arrays(device, self.block, places)
+
+
+class Loop:
+    """So many steps of bound graphs."""
+
+    def __init__(self, device: Device, graphs: BoundGraphs, *, steps: int, timing_enabled: bool) -> None:
+        self.graphs, self.steps = graphs, steps
+        self._device, self._timing_enabled = device, timing_enabled
+        self._marks: list[Event] = []
+        self._replay: Replay | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether `run` replays."""
+        return self._replay is not None
+
+    def run(self) -> list[Event]:
+        """Enqueue all steps: in one launch once it is recorded, before that one by one.
+
+        Returns:
+            With timing, a mark after each run of the encoder (with that of the target's features before the first) and
+            of the generator, in their order; the next run of this loop may use the same marks.
+        """
+        if self._replay is not None:
+            self._replay()
+        else:
+            self._enqueue()
+        return self._marks
+
+    def record(self) -> None:
+        """Record the runs, which have run once: their memory is allocated and their kernels are loaded.
+
+        Raises:
+            DeviceError: something in them cannot be recorded.
+        """
+        self._replay = self._device.capture(self._enqueue)
+
+    def close(self) -> None:
+        """Release the recording; safe to call twice."""
+        if self._replay is not None:
+            self._replay.close()
+
+    def _enqueue(self) -> None:
+        graphs, marks = self.graphs, []
+        for run in graphs.target_runs:
+            run()
+        intermediate = graphs.preview_runs or graphs.generator_runs
+        for step in range(self.steps):
+            turn = step % len(graphs.encoder_runs)
+            for run in graphs.encoder_runs[turn]:
+                run()
+            if self._timing_enabled:
+                marks.append(self._device.record(timing=True))
+            for run in (intermediate if step < self.steps - 1 else graphs.generator_runs)[turn]:
+                run()
+            if self._timing_enabled:
+                marks.append(self._device.record(timing=True))
+        self._marks = marks
+
+
+class LoopCache:
+    """The loops of a session, by batch size, steps and whether all steps are kept; the least recently used one goes."""
+
+    def __init__(
+        self,
+        device: Device,
+        state: State,
+        graphs: Mapping[str, LoadedGraph],
+        *,
+        timing_enabled: bool = False,
+        capture: bool = True,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            device, state, graphs: see `BoundGraphs`.
+            timing_enabled: whether the loops put marks between their runs.
+            capture: whether to record the loops that can be recorded.
+        """
+        self._device, self._state, self._graphs = device, state, graphs
+        self._timing_enabled = timing_enabled
+        self._is_recording = capture
+        self._batches_kept = HOST_BATCHES_KEPT if device.is_host else LOOPS_KEPT
+        self._loops: OrderedDict[tuple[int, int, bool], Loop] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._loops)
+
+    def loop(self, *, batch: int, steps: int, every_step: bool) -> Loop:
+        """Return a loop; bound now if there is none."""
+        key = (batch, steps, every_step)
+        if key not in self._loops:
+            bound = None if every_step else self._bound(batch)
+            self._shrink(is_binding=bound is None)
+            if bound is None:
+                bound = BoundGraphs(
+                    self._device, self._state, self._graphs, batch=batch, steps_kept=steps if every_step else 0
+                )
+            self._loops[key] = Loop(self._device, bound, steps=steps, timing_enabled=self._timing_enabled)
+        self._loops.move_to_end(key)
+        return self._loops[key]
+
+    def record(self, loop: Loop) -> None:
+        """Record a loop that has run, if it is not yet; where that is refused, loops go on run by run."""
+        if loop.is_recorded or not self._is_recording:
+            return
+        if not all(graph.runner.is_capturable for graph in self._graphs.values()):  # some know only once they have run
+            self._is_recording = False
+            return
+        try:
+            loop.record()
+        except DeviceError as error:
+            self._is_recording = False
+            LOGGER.warning("the loop cannot be recorded (%s); its runs are launched one by one", error)
+
+    def close(self) -> None:
+        """Release all loops; safe to call twice."""
+        while self._loops:
+            self._drop()
+
+    def _bound(self, batch: int) -> BoundGraphs | None:
+        """Return the graphs that are bound for loops of a batch size that keep the last step only."""
+        loops = self._loops.items()
+        return next((loop.graphs for (size, _, every), loop in loops if size == batch and not every), None)
+
+    def _shrink(self, *, is_binding: bool) -> None:
+        """Make room for a loop, before graphs are bound for it: that is when memory is scarce."""
+        while len(self._loops) >= LOOPS_KEPT or (is_binding and self._count_bound() >= self._batches_kept):
+            self._drop()
+
+    def _count_bound(self) -> int:
+        return len({id(loop.graphs) for loop in self._loops.values()})
+
+    def _drop(self) -> None:
+        _, loop = self._loops.popitem(last=False)
+        loop.close()
+        if all(loop.graphs is not other.graphs for other in self._loops.values()):
+            loop.graphs.close()

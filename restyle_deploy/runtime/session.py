@@ -1,55 +1,40 @@
 """A bundle opened on a backend: from images to images and latents."""
 
-import tempfile
+import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.backends import default_device, load_backend
-from restyle_deploy.backends.base import EXACT_PRECISION, EngineOptions, RunnerOptions
-from restyle_deploy.bundle import (
-    Bundle,
-    EngineRecord,
-    check_engine,
-    check_graphs,
-    find_engine,
-    read_bundle,
-)
-from restyle_deploy.engines import ANY_BATCH, Batches, batches_of_build, build_command
-from restyle_deploy.errors import BackendUnavailableError, BundleError, VerificationError
+from restyle_deploy.backends.base import EXACT_PRECISION
+from restyle_deploy.bundle import Bundle
+from restyle_deploy.engines import ANY_BATCH, Batches
 from restyle_deploy.model_config import ModelConfig
-from restyle_deploy.runtime.loop import LoadedGraph, Loop
+from restyle_deploy.runtime.base import Device
+from restyle_deploy.runtime.calls import Call, Request, Rules
+from restyle_deploy.runtime.deployment import DEFAULT_STEPS
+from restyle_deploy.runtime.execution import Execution
+from restyle_deploy.runtime.host_device import HostDevice
+from restyle_deploy.runtime.loop import LoadedGraph
 from restyle_deploy.runtime.loop import load_graphs as load_graphs  # what a session is made of
+from restyle_deploy.runtime.opening import deployment_of, open_deployment
+from restyle_deploy.runtime.results import Inversion, PendingInversion
+from restyle_deploy.runtime.results import InversionResult as InversionResult  # of `Session.invert`
 from restyle_deploy.runtime.targets import LARGEST_VALUE as LARGEST_VALUE  # of `Session.invert`
 from restyle_deploy.runtime.targets import targets_from_images as targets_from_images
 
 DEFAULT_MAX_BATCH = 8
-# Loops kept bound, each with its buffers: one for full batches, one for what remains.
-LOOPS_KEPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class InversionResult:
-    """The result of an inversion, owned by the caller.
-
-    Attributes:
-        images: [N, 3, R, R'] float32 in about [-1, 1], not clipped; [steps, N, 3, R, R'] with every_step.
-        latents: [N, n_styles, style_dim] float32; [steps, N, n_styles, style_dim] with every_step.
-    """
-
-    images: NDArray[np.float32]
-    latents: NDArray[np.float32]
 
 
 class Session:
-    """A bundle opened on a backend. Threads may share it: their calls run one after the other."""
+    """A bundle opened on a backend. Threads may share it: their calls are enqueued one after the other.
+
+    On a GPU, images and results are on the host or on the device; on the CPU all is NumPy's.
+    """
 
     def __init__(
         self,
@@ -58,96 +43,116 @@ class Session:
         description: Mapping[str, Any],
         *,
         batches: Batches = ANY_BATCH,
+        device: Device | None = None,
+        max_batch: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        timing_enabled: bool = False,
+        capture: bool = True,
     ) -> None:
-        """Take over loaded graphs, by role as `Loop` has them; see `open`.
+        """Take over loaded graphs, by role as `BoundGraphs` has them; see `open`.
 
         Args:
             bundle: the bundle that they belong to.
-            graphs: closed with the session.
+            graphs: closed with the session, or after an error.
             description: what `describe` returns.
             batches: of one run of the graphs.
+            device: that they were loaded on, closed likewise; None for the host.
+            max_batch, timing_enabled, capture: see `open`.
+            steps: of an inversion that names none.
+        Raises:
+            DeviceError: there is not enough memory.
         """
         self.bundle = bundle
-        self._graphs: Mapping[str, LoadedGraph] | None = graphs
-        self._has_previews = "preview" in graphs
         self._description = description
-        self._batches = batches
-        self._loops: OrderedDict[tuple[int, int], Loop] = OrderedDict()
-        self._lock = threading.Lock()
+        self._device = device or HostDevice()
+        self._calls = threading.Condition()
+        self._open_calls, self._is_closed = 0, False
+        self._worker: ThreadPoolExecutor | None = None
+        least, most = batches
+        largest = max(least, min(max_batch or most or DEFAULT_MAX_BATCH, most or sys.maxsize))
+        self._execution = Execution(
+            bundle,
+            graphs,
+            self._device,
+            least_batch=least,
+            max_batch=largest,
+            timing_enabled=timing_enabled,
+            capture=capture,
+        )
+        self._rules = Rules(
+            config=bundle.config,
+            device=self._device,
+            find_array=self._execution.find_array,
+            least_batch=least,
+            max_batch=largest,
+            steps=steps,
+            has_previews="preview" in graphs,
+        )
 
     @classmethod
     def open(
         cls,
         bundle: str | Path,
         *,
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
-        precision: str = EXACT_PRECISION,
-        plain: bool = False,
-        preview_steps: bool = False,
+        precision: str | None = None,
+        plain: bool | None = None,
+        preview_steps: bool | None = None,
+        max_batch: int | None = None,
+        timing_enabled: bool = False,
+        capture: bool = True,
+        compile: bool = False,
     ) -> "Session":
         """Open a bundle and load the engine for these options, or the exported graphs if no engine has been built.
 
         Args:
-            bundle: the directory.
-            backend: a row of `backends.BACKENDS`.
-            device: one of the backend's devices; None for its default: `cpu`, or `cuda:0`.
+            bundle: the directory; or a `deploy.toml`, whose values hold where an argument here is None.
+            backend: a row of `backends.BACKENDS`; `onnxruntime` unless told.
+            device: one of the backend's devices; the backend's default unless told: `cpu`, or `cuda:0`.
             threads: CPU threads of one run; None leaves the choice to the backend.
-            precision: one of `backends.base.PRECISIONS`; all but fp32 are approximate, and need an engine.
+            precision: one of `backends.base.PRECISIONS`, `fp32` unless told; others are approximate and need engines.
             plain: load the exported graphs, whether there is an engine or not, for any precision.
             preview_steps: let all steps but the last render only up to the encoder's input size, which is approximate
                 and needs an engine with a preview graph. Changes nothing for a model that renders that size anyway.
+            max_batch: images of one run, for which memory is allocated; unless told as many as the engine takes, or 8
+                where it takes any number.
+            timing_enabled: give each result its `timings`; calls then wait for each other's end.
+            capture: record each loop on a GPU, so that a call is one launch; False launches run by run.
+            compile: let torch compile what it runs, which takes minutes; other backends ignore it.
         Raises:
             BundleError: the bundle is missing, damaged or of another format; or it lacks the engine or its preview
-                graph, or has an engine that cannot be used here: the message names the command that builds it.
+                graph, or has an engine that cannot be used here: the message names the command that builds it. Or the
+                `deploy.toml` is none.
             BackendUnavailableError: the backend's library is not installed, or the device or the precision cannot run
                 here.
             BuildError: the backend refuses a graph.
-            ValueError: no such backend, or fewer than one thread.
+            DeviceError: the GPU lacks memory, or fails.
+            ValueError: no such backend, or fewer than one thread or image of a run.
         """
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
-        module = load_backend(backend)
-        options = RunnerOptions(device=device or default_device(backend), threads=threads, precision=precision)
-        module.check_options(options)
-        opened = read_bundle(bundle)
-        has_previews = preview_steps and opened.config.output_size > opened.config.input_size
-        engine = _choose_engine(opened, backend, options, plain=plain, has_previews=has_previews)
-        records = {
-            role: record for role, record in (engine or opened).graphs.items() if role != "preview" or has_previews
-        }
-        versions = dict(module.library_versions())
-        if engine:
-            check_engine(
-                opened,
-                engine,
-                library_versions=versions,
-                processors=module.processors(options.device),
-                plugin_hash=module.plugin_hash(),
-                roles=records,
-            )
-            options = replace(
-                options,
-                host_code_allowed=bool(engine.build.get("version_compatible")),
-                plugin_route=engine.build.get("plugin_route"),
-            )
-            batches = engine.batches
-        else:
-            check_graphs(opened)
-            # A backend that has to build the exported graphs does so as it builds engines without options.
-            batches = batches_of_build(module.check_build(options, EngineOptions()).facts)
-        description = {
+        given = {
             "backend": backend,
-            "device": options.device,
+            "device": device,
             "threads": threads,
             "precision": precision,
-            "plan": engine.plan["origin"] if engine else "plain",
-            "preview_steps": has_previews,
-            "library_versions": versions,
+            "plain": plain,
+            "preview_steps": preview_steps,
+            "max_batch": max_batch,
         }
-        with _weights_of(opened, engine) as weights:
-            return cls(opened, load_graphs(module, records, options, weights), description, batches=batches)
+        deployment = deployment_of(bundle, given)
+        opened = open_deployment(deployment, is_compiled=compile)
+        return cls(
+            opened.bundle,
+            opened.graphs,
+            opened.description,
+            batches=opened.batches,
+            device=opened.device,
+            max_batch=deployment.max_batch,
+            steps=deployment.steps,
+            timing_enabled=timing_enabled,
+            capture=capture,
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -168,60 +173,116 @@ class Session:
         """
         return dict(self._description)
 
+    @overload
     def invert(
-        self, images: NDArray[Any], *, steps: int = 5, every_step: bool = False, max_batch: int = DEFAULT_MAX_BATCH
-    ) -> InversionResult:
+        self,
+        images: NDArray[Any],
+        *,
+        steps: int | None = None,
+        every_step: bool = False,
+        max_batch: int | None = None,
+        image_type: str = "float32",
+        start: Inversion | None = None,
+        stream: object = None,
+    ) -> InversionResult: ...
+
+    @overload
+    def invert(
+        self,
+        images: object,
+        *,
+        steps: int | None = None,
+        every_step: bool = False,
+        max_batch: int | None = None,
+        image_type: str = "float32",
+        start: Inversion | None = None,
+        stream: object = None,
+    ) -> Inversion: ...
+
+    def invert(
+        self,
+        images: object,
+        *,
+        steps: int | None = None,
+        every_step: bool = False,
+        max_batch: int | None = None,
+        image_type: str = "float32",
+        start: Inversion | None = None,
+        stream: object = None,
+    ) -> Inversion:
         """Invert images: `steps` times encode, add the residual, render.
 
         Args:
             images: uint8 [N, H, W, 3] RGB of any size (resized as upstream does), or float32 [N, 3, h, w] in [-1, 1]
-                of the encoder's size. Only read.
-            steps: refinement steps, at least 1; upstream uses 5.
-            every_step: keep each step: a leading steps axis on both results. Not with preview_steps.
-            max_batch: images of one run; more are split, which bounds the working memory of the graphs. An engine
-                that was built for fewer gets no more than that, and one for more has its runs filled up.
+                of the encoder's size. Only read. NumPy's, or another library's by DLPack; on a GPU also an array in its
+                memory, contiguous, by DLPack or `__cuda_array_interface__`, which is read in place.
+            steps: refinement steps, at least 1; None for the deployment's, else 5, as upstream.
+            every_step: keep each step: a leading steps axis on images and latents. Not with preview_steps.
+            max_batch: images of one run; more are split. None, or more than the session's, for the session's. An engine
+                that was built for more has its runs filled up.
+            image_type: of the images that are returned; `uint8` are [N, R, R', 3], clipped and truncated as upstream
+                saves them.
+            start: where the loop starts, instead of the average: the result for the previous frame, or of a session of
+                another model of the same sizes, for as many images.
+            stream: of the GPU's, a handle or an object with `__cuda_stream__`: work that is in it is waited for, and
+                what comes into it later waits for the results.
         Returns:
-            Arrays that the caller owns.
+            For images on the host, arrays that the caller owns. For images on a GPU a `DeviceInversion`, which is
+            returned before it is computed; neither its values nor those of the images are checked.
         Raises:
-            TypeError: `images` is no array of uint8 or float32, or `steps` is no whole number.
-            ShapeError: another shape.
+            TypeError: `images` is no array of uint8 or float32, `start` no result, or a number or stream none.
+            ShapeError: another shape, of the images or of the start.
             ValueError: no image, a value that is not finite or far outside [-1, 1], steps or max_batch below 1,
-                every_step where intermediate steps have no image, or the session is closed.
+                every_step where intermediate steps have no image, an array or a stream of another device, or the
+                session is closed.
             VerificationError: the model gave NaN or infinity; the message names the image.
+            DeviceError: the GPU lacks memory, or fails.
         """
-        for name, value in (("steps", steps), ("max_batch", max_batch)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name} is a {type(value).__name__}, expected a whole number")
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if every_step and self._has_previews:
-            raise ValueError("every_step: with preview_steps only the last step has an image; open a session without")
-        steps, max_batch = int(steps), int(max_batch)  # a NumPy integer of 8 bits overflows when doubled
-        targets = targets_from_images(images, self.config)
-        count, kept = len(targets), (steps if every_step else 1)
-        result_images = np.empty((kept, count, 3, *self.config.image_shape), np.float32)
-        result_latents = np.empty((kept, count, self.config.n_styles, self.config.style_dim), np.float32)
-        least, most = self._batches
-        max_batch = max(least, min(max_batch, most or max_batch))
-        with self._lock:
-            for first in range(0, count, max_batch):
-                size = min(max_batch, count - first)
-                part = slice(first, first + size)
-                loop = self._loop(max(least, size), steps if every_step else 0)
-                loop.run(targets[part], steps)
-                result_images[:, part], result_latents[:, part] = loop.images[:, :size], loop.results(steps)[:, :size]
-        _check_finite(result_images, result_latents, last_step=steps)
-        if every_step:
-            return InversionResult(images=result_images, latents=result_latents)
-        return InversionResult(images=result_images[0], latents=result_latents[0])
+        request = Request(
+            images=images,
+            steps=steps,
+            every_step=every_step,
+            max_batch=max_batch,
+            image_type=image_type,
+            start=start,
+            stream=stream,
+        )
+        with self._calling():
+            call = self._rules.check(request)
+            if call.is_on_device:
+                return self._execution.invert_on_device(call)
+            return self._execution.invert_to_host(call)
+
+    def invert_async(self, images: object, **options: Any) -> PendingInversion[Inversion]:
+        """Begin to invert images, and return at once.
+
+        On a GPU a call of one run is enqueued now. A set that is split, and all on the CPU, goes to one thread of the
+        session, which takes one call after the other.
+
+        Args:
+            images, options: as `invert` takes them. Images must not change before the result is there.
+        Returns:
+            What gives the result that `invert` gives, or raises what it raises.
+        Raises:
+            TypeError, ShapeError, ValueError, DeviceError: what `invert` refuses before it runs.
+        """
+        with self._calling():
+            call = self._rules.check(Request(images=images, **options))
+            if self._device.is_host or (call.count > call.max_batch and not call.is_on_device):
+                return self._in_background(call)
+            return self._execution.start(call)
 
     def close(self) -> None:
-        """Release the graphs and buffers; safe to call twice."""
-        with self._lock:
-            self._loops.clear()
-            for graph in (self._graphs or {}).values():
-                graph.runner.close()
-            self._graphs = None
+        """Wait for what is in flight, then release graphs and memory; safe to call twice.
+
+        Results on the device stay valid: they keep the memory until they are gone.
+        """
+        with self._calls:
+            self._is_closed = True
+            self._calls.wait_for(lambda: self._open_calls == 0)
+        if self._worker is not None:
+            self._worker.shutdown()
+        self._execution.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -229,62 +290,35 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _loop(self, batch: int, steps_kept: int) -> Loop:
-        if self._graphs is None:
-            raise ValueError("the session is closed")
-        key = (batch, steps_kept)
-        if key not in self._loops:
-            while len(self._loops) >= LOOPS_KEPT:
-                self._loops.popitem(last=False)
-            self._loops[key] = Loop(self.bundle, self._graphs, batch=batch, steps_kept=steps_kept)
-        self._loops.move_to_end(key)
-        return self._loops[key]
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        self._begin_call()
+        try:
+            yield
+        finally:
+            self._end_call()
 
+    def _begin_call(self) -> None:
+        with self._calls:
+            if self._is_closed:
+                raise ValueError("the session is closed")
+            self._open_calls += 1
 
-def _choose_engine(
-    bundle: Bundle, backend: str, options: RunnerOptions, *, plain: bool, has_previews: bool
-) -> EngineRecord | None:
-    """Return the engine to load, or None for the exported graphs; raise `BundleError` where what is asked lacks."""
-    device, precision = options.device, options.precision
-    engine = None if plain else find_engine(bundle, backend=backend, device=device, precision=precision)
-    build = f"build it: {build_command(bundle.path, backend=backend, device=device, precision=precision)}"
-    if not (engine or plain or precision == EXACT_PRECISION):
-        raise BundleError(
-            f"{bundle.path}: has no engine for backend {backend}, device {device} and precision {precision}; "
-            f"{build}, or run the exported graphs: --plain (plain=True)"
-        )
-    if has_previews and not (engine and "preview" in engine.graphs):
-        mend = "which plain leaves aside; leave one of the two out" if plain else f"which the bundle has not; {build}"
-        raise BundleError(f"{bundle.path}: preview steps need an engine with a preview graph, {mend}")
-    return engine
+    def _end_call(self) -> None:
+        with self._calls:
+            self._open_calls -= 1
+            self._calls.notify_all()
 
+    def _in_background(self, call: Call) -> PendingInversion[Inversion]:
+        def run() -> InversionResult:
+            try:
+                return self._execution.invert_to_host(call)
+            finally:
+                self._end_call()
 
-@contextmanager
-def _weights_of(bundle: Bundle, engine: EngineRecord | None) -> Iterator[Mapping[str, Path]]:
-    """Yield the graphs whose weights a stripped engine takes, by role; for another one there is nothing to take."""
-    if engine is None or engine.build.get("weights") != "stripped":
-        yield {}
-        return
-    try:
-        from restyle_deploy.engine_graphs import write_weights
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"{engine.directory}: a stripped engine takes its weights from the bundle's graphs, which needs "
-            f"{error.name}; run: pip install 'restyle-deploy[build]'"
-        ) from error
-    check_graphs(bundle)
-    with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
-        yield write_weights(bundle, engine, folder=Path(folder))
-
-
-def _check_finite(images: NDArray[np.float32], latents: NDArray[np.float32], *, last_step: int) -> None:
-    """Raise `VerificationError` at the first step that is not finite; arrays are [kept, N, ...]."""
-    first_step = last_step - len(latents) + 1
-    for step, results in enumerate(zip(latents, images, strict=True), start=first_step):
-        for name, array in zip(("latent", "image"), results, strict=True):
-            finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)  # [N]
-            if not finite.all():
-                raise VerificationError(
-                    f"the {name} of image {int(np.argmin(finite))} is not finite after step {step}; "
-                    "check the model: restyle-deploy verify BUNDLE"
-                )
+        self._begin_call()
+        with self._calls:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="restyle-deploy")
+            future = self._worker.submit(run)
+        return PendingInversion(is_done=future.done, finish=future.result)

@@ -3,9 +3,13 @@
 import json
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
+
+import numpy as np
 
 from restyle_deploy.backends.tensorrt import TensorRtBackend
 from restyle_deploy.backends.tensorrt_library import TENSORRT
+from restyle_deploy.device_array import DeviceArray
 
 KEPT, MEASURED = b"what a former build has measured", b"what this build has measured"
 
@@ -20,6 +24,11 @@ class RecordingLibrary:
         plan: what a build returns; None for a refusal.
         engine_is_taken: whether a runtime takes an engine.
         layers: what the inspector tells.
+        memory_bytes: that a run of the next engine takes.
+        batches: the fewest and the most images of a run.
+        refused: the call of an execution context that is refused, or `create_execution_context`.
+        runs_are_capturable: what contexts say of it; None for a library that does not tell.
+        contexts: in the order in which they were created, as long as they are alive.
     """
 
     __version__ = "10.9.0"
@@ -29,6 +38,7 @@ class RecordingLibrary:
     BuilderFlag = SimpleNamespace(TF32="tf32", STRIP_PLAN="strip", VERSION_COMPATIBLE="compatible")
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     LayerInformationFormat = SimpleNamespace(JSON="json")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     IProgressMonitor = type("IProgressMonitor", (), {})
 
     class ILogger:
@@ -38,6 +48,10 @@ class RecordingLibrary:
         self.calls: list[tuple[Any, ...]] = []
         self.cache_fits = self.cache_is_kept = self.engine_is_taken = True
         self.plan: bytes | None = b"plan"
+        self.memory_bytes, self.batches = 4096, (1, 8)
+        self.refused = ""
+        self.runs_are_capturable: bool | None = None
+        self.contexts: WeakSet[RecordingContext] = WeakSet()
         self.layers = json.dumps({"Layers": [{"Name": "decoder.conv/Conv_0"}]})
         self._cache = b""
 
@@ -101,10 +115,93 @@ class RecordingLibrary:
                 logger.log(1, "the engine holds host code")
                 return None
             inspector = SimpleNamespace(get_engine_information=lambda form: self.layers)
-            return SimpleNamespace(create_engine_inspector=lambda: inspector)
+            return SimpleNamespace(
+                create_engine_inspector=lambda: inspector,
+                device_memory_size_v2=self.memory_bytes,
+                get_tensor_profile_shape=lambda name, profile: [
+                    (batch, 2) for batch in (self.batches[0], 1, self.batches[1])
+                ],
+                create_runtime_config=self._runtime_config,
+                create_execution_context=lambda settings: self._context(settings, logger),
+            )
 
         runtime = SimpleNamespace(engine_host_code_allowed=False, deserialize_cuda_engine=deserialize)
         return runtime
+
+    def _context(self, settings: Any, logger: Any) -> Any:
+        self.calls.append(("create_execution_context", settings))
+        if self.refused == "create_execution_context":
+            logger.log(1, "no memory is left")
+            return None
+        made = RecordingContext(self, logger)
+        self.contexts.add(made)
+        return made
+
+    def _runtime_config(self) -> Any:
+        cache = SimpleNamespace(deserialize=self.note("deserialize_cache", self.cache_fits), serialize=lambda: MEASURED)
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=self.note("allocation"),
+            create_runtime_cache=lambda: cache,
+            set_runtime_cache=self.note("set_runtime_cache"),
+        )
+
+
+class RecordingContext:
+    """An execution context; its calls are noted in the library's, with its number as the first argument."""
+
+    def __init__(self, library: RecordingLibrary, logger: Any) -> None:
+        self._library, self._logger = library, logger
+        self.number = len(library.named("create_execution_context"))
+        if library.runs_are_capturable is not None:
+            self.is_stream_capturable = lambda stream: bool(library.runs_are_capturable)
+
+    def _answer(self, name: str, *arguments: Any) -> bool:
+        self._library.calls.append((name, self.number, *arguments))
+        if name == self._library.refused:
+            self._logger.log(1, f"{name}: not so")
+        return name != self._library.refused
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        self._answer("set_device_memory", address, nbytes)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        return self._answer("set_tensor_address", name, address)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._answer("set_input_shape", name, shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        return self._answer("execute_async_v3", stream)
+
+
+class RecordingQueue:
+    """Satisfies `Queue`.
+
+    Attributes:
+        stream: a made-up one.
+        reserved: the bytes that were asked for.
+        is_placed: whether the address was asked for.
+    """
+
+    ADDRESS = 1 << 20
+
+    def __init__(self) -> None:
+        self.stream = 77
+        self.reserved: list[int] = []
+        self.is_placed = False
+
+    def reserve_scratch(self, nbytes: int) -> None:
+        assert not self.is_placed, "working memory is asked for after it was placed"
+        self.reserved.append(nbytes)
+
+    def scratch_address(self) -> int:
+        self.is_placed = True
+        return self.ADDRESS
+
+
+def array_at(address: int, shape: tuple[int, ...] = (1, 2), *, device_index: int = 0) -> DeviceArray:
+    """Return a made-up float32 array of a GPU, which nobody may read."""
+    return DeviceArray(address=address, shape=shape, dtype=np.dtype(np.float32), device_index=device_index)
 
 
 def recorded() -> tuple[TensorRtBackend, RecordingLibrary]:

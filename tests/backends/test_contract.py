@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from restyle_deploy.backends import BACKENDS, load_backend
 from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS, Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
+from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import (
@@ -22,6 +23,7 @@ from restyle_deploy.verify import (
     compare_with_expectation,
     load_expectation,
 )
+from tests.backends.place import Place
 
 Buffers = dict[str, NDArray[Any]]
 
@@ -72,18 +74,26 @@ def bundle(toy_bundle: Path) -> Bundle:
     return open_bundle(toy_bundle)
 
 
-def load(backend: Backend, bundle: Bundle, graph: str, device: str, threads: int | None = None) -> Runner:
-    record = bundle.graphs[graph]
-    return backend.load(record.path, record.inputs, record.outputs, RunnerOptions(device=device, threads=threads))
+@pytest.fixture(scope="module")
+def shared_place(case: tuple[str, str]) -> Iterator[Place]:
+    """Where `runners` are: on a GPU nothing is loaded there once they have run, as all share working memory."""
+    place = Place(case[1])
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def place(case: tuple[str, str]) -> Iterator[Place]:
+    """For a test that loads graphs of its own."""
+    place = Place(case[1])
+    yield place
+    place.close()
 
 
 @pytest.fixture(scope="module")
-def runners(backend: Backend, case: tuple[str, str], bundle: Bundle) -> Iterator[Mapping[str, Runner]]:
+def runners(backend: Backend, shared_place: Place, bundle: Bundle) -> Mapping[str, Runner]:
     """Both graphs, loaded once for all tests that close nothing."""
-    loaded = {name: load(backend, bundle, name, case[1]) for name in bundle.graphs}
-    yield loaded
-    for runner in loaded.values():
-        runner.close()
+    return {name: shared_place.load(backend, bundle, name) for name in bundle.graphs}
 
 
 def create_buffers(bundle: Bundle, graph: str, batch: int, seed: int = 0) -> Buffers:
@@ -108,73 +118,125 @@ def test_devices_and_versions_are_named(backend: Backend, case: tuple[str, str])
 
 
 @graphs
-def test_results_land_in_the_bound_buffers(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+def test_results_land_in_the_bound_buffers(
+    bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner], graph: str
+) -> None:
     buffers = create_buffers(bundle, graph, 2)
-    addresses = {name: array.ctypes.data for name, array in buffers.items()}
-    inputs = {spec.name: buffers[spec.name].copy() for spec in bundle.graphs[graph].inputs}
-    run = runners[graph].bind(buffers)
+    given = {name: array.copy() for name, array in buffers.items()}
+    arrays = shared_place.upload(buffers)
+    run = runners[graph].bind(arrays)
     run()
+    shared_place.read(arrays, buffers)
     first = outputs_of(bundle, graph, buffers)
     assert all(np.isfinite(array).all() for array in first.values())
-    for name, array in inputs.items():
-        np.testing.assert_array_equal(buffers[name], array)
+    for spec in bundle.graphs[graph].inputs:
+        np.testing.assert_array_equal(buffers[spec.name], given[spec.name])
     for spec in bundle.graphs[graph].outputs:
         buffers[spec.name].fill(np.nan)
+    shared_place.write(arrays, buffers)
     run()
+    shared_place.read(arrays, buffers)
     for name, array in first.items():
         np.testing.assert_array_equal(buffers[name], array)
-    assert {name: array.ctypes.data for name, array in buffers.items()} == addresses
 
 
 @graphs
-def test_inputs_are_read_anew_at_every_run(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
-    buffers, other = create_buffers(bundle, graph, 2), create_buffers(bundle, graph, 2, seed=1)
-    run = runners[graph].bind(buffers)
+def test_recorded_run_gives_the_same_bits(
+    bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner], graph: str
+) -> None:
+    buffers = create_buffers(bundle, graph, 2)
+    arrays = shared_place.upload(buffers)
+    run = runners[graph].bind(arrays)
     run()
+    shared_place.read(arrays, buffers)
+    expected = outputs_of(bundle, graph, buffers)
+    assert shared_place.device.is_host <= runners[graph].is_capturable
+    if not runners[graph].is_capturable:
+        pytest.skip("this backend's runs are enqueued one by one")
+    replay = shared_place.device.capture(run)
+    for _ in range(2):
+        for spec in bundle.graphs[graph].outputs:
+            buffers[spec.name].fill(np.nan)
+        shared_place.write(arrays, buffers)
+        replay()
+        shared_place.read(arrays, buffers)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(buffers[name], array)
+    replay.close()
+
+
+@graphs
+def test_inputs_are_read_anew_at_every_run(
+    bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner], graph: str
+) -> None:
+    buffers, other = create_buffers(bundle, graph, 2), create_buffers(bundle, graph, 2, seed=1)
+    arrays = shared_place.upload(buffers)
+    run = runners[graph].bind(arrays)
+    run()
+    shared_place.read(arrays, buffers)
     before = outputs_of(bundle, graph, buffers)
     for spec in bundle.graphs[graph].inputs:
         np.copyto(buffers[spec.name], other[spec.name])
+    shared_place.write(arrays, buffers)
     run()
-    runners[graph].bind(other)()
+    shared_place.read(arrays, buffers)
+    shared_place.run(runners[graph], other)
     for name, array in outputs_of(bundle, graph, other).items():
         assert not np.array_equal(buffers[name], before[name])
         np.testing.assert_allclose(buffers[name], array, rtol=0, atol=EXACT[name])
 
 
 @graphs
-def test_batches_equal_single_images(bundle: Bundle, runners: Mapping[str, Runner], graph: str) -> None:
+def test_batches_equal_single_images(
+    bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner], graph: str
+) -> None:
     whole = create_buffers(bundle, graph, 8)
     for batch in (1, 3, 8):
         part = {name: np.ascontiguousarray(array[:batch]) for name, array in whole.items()}
-        runners[graph].bind(part)()
+        shared_place.run(runners[graph], part)
         for index in range(batch):
             single = {name: np.ascontiguousarray(array[index : index + 1]) for name, array in whole.items()}
-            runners[graph].bind(single)()
+            shared_place.run(runners[graph], single)
             for name, array in outputs_of(bundle, graph, single).items():
                 np.testing.assert_allclose(part[name][index], array[0], rtol=0, atol=EXACT[name], err_msg=name)
 
 
-def test_several_bound_runs_take_turns(bundle: Bundle, runners: Mapping[str, Runner]) -> None:
+def test_several_bound_runs_take_turns(bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner]) -> None:
     first, second = create_buffers(bundle, "generator", 1), create_buffers(bundle, "generator", 2, seed=1)
-    run_first, run_second = (runners["generator"].bind(buffers) for buffers in (first, second))
+    arrays = [shared_place.upload(buffers) for buffers in (first, second)]
+    run_first, run_second = (runners["generator"].bind(each) for each in arrays)
     run_first()
+    shared_place.read(arrays[0], first)
     expected = first["image"].copy()
     run_second()
+    shared_place.read(arrays[0], first)
     np.testing.assert_array_equal(first["image"], expected)
     first["image"].fill(np.nan)
+    shared_place.write(arrays[0], first)
     run_first()
+    shared_place.read(arrays[0], first)
     np.testing.assert_array_equal(first["image"], expected)
 
 
 def test_thread_count_changes_no_result(backend: Backend, case: tuple[str, str], bundle: Bundle) -> None:
     results = []
     for threads in (1, 2):
-        runner = load(backend, bundle, "generator", case[1], threads)
+        place = Place(case[1])
         buffers = create_buffers(bundle, "generator", 2)
-        runner.bind(buffers)()
-        runner.close()
+        place.run(place.load(backend, bundle, "generator", threads=threads), buffers)
+        place.close()
         results.append(buffers["image"])
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=EXACT["image"])
+
+
+def test_buffers_of_another_device_are_refused(
+    bundle: Bundle, shared_place: Place, runners: Mapping[str, Runner]
+) -> None:
+    buffers: dict[str, Array] = dict(create_buffers(bundle, "generator", 1))
+    if shared_place.device.is_host:
+        buffers["latent"] = DeviceArray(address=256, shape=buffers["latent"].shape, dtype=np.dtype(np.float32))
+    with pytest.raises(TypeError, match=r"^got (arrays of a GPU for latent|NumPy arrays for latent, image), expected"):
+        runners["generator"].bind(buffers)
 
 
 def strided(array: NDArray[Any]) -> NDArray[Any]:
@@ -217,18 +279,19 @@ def test_missing_buffers_are_all_named(bundle: Bundle, runners: Mapping[str, Run
         runners[graph].bind({})
 
 
-def test_closed_runner_binds_no_more(backend: Backend, case: tuple[str, str], bundle: Bundle) -> None:
-    runner = load(backend, bundle, "generator", case[1])
+def test_closed_runner_binds_no_more(backend: Backend, place: Place, bundle: Bundle) -> None:
+    runner = place.load(backend, bundle, "generator")
     runner.close()
     runner.close()
     with pytest.raises(ValueError, match="closed"):
-        runner.bind(create_buffers(bundle, "generator", 1))
+        runner.bind(place.upload(create_buffers(bundle, "generator", 1)))
 
 
 @pytest.mark.parametrize("device", ["", "abacus", "cpu:99"])
 def test_unknown_device_is_refused(backend: Backend, bundle: Bundle, device: str) -> None:
+    record = bundle.graphs["generator"]
     with pytest.raises(BackendUnavailableError, match=f"device '{device}' cannot run here; available: "):
-        load(backend, bundle, "generator", device)
+        backend.load(record.path, record.inputs, record.outputs, RunnerOptions(device=device))
 
 
 def test_options_that_cannot_run_are_refused_before_a_graph_is_there(backend: Backend, case: tuple[str, str]) -> None:
@@ -245,13 +308,13 @@ def test_options_that_cannot_run_are_refused_before_a_graph_is_there(backend: Ba
 
 @pytest.mark.parametrize("content", [b"", b"no graph", None])
 def test_file_that_is_no_graph_is_refused(
-    backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path, content: bytes | None
+    backend: Backend, place: Place, bundle: Bundle, tmp_path: Path, content: bytes | None
 ) -> None:
     if content is not None:
         (tmp_path / "broken.onnx").write_bytes(content)
     record = bundle.graphs["encoder"]
     with pytest.raises(BuildError, match=r"refuses broken\.onnx: ") as caught:
-        backend.load(tmp_path / "broken.onnx", record.inputs, record.outputs, RunnerOptions(device=case[1]))
+        backend.load(tmp_path / "broken.onnx", record.inputs, record.outputs, place.options())
     assert "\n" not in str(caught.value)
 
 
@@ -263,21 +326,26 @@ def build(backend: Backend, bundle: Bundle, graph: str, folder: Path, options: R
 
 @graphs
 def test_engine_computes_what_its_graph_does(
-    backend: Backend, case: tuple[str, str], bundle: Bundle, runners: Mapping[str, Runner], tmp_path: Path, graph: str
+    backend: Backend,
+    place: Place,
+    shared_place: Place,
+    bundle: Bundle,
+    runners: Mapping[str, Runner],
+    tmp_path: Path,
+    graph: str,
 ) -> None:
-    options = RunnerOptions(device=case[1])
     built = tmp_path / "built"
     built.mkdir()
-    engine = build(backend, bundle, graph, built, options)
+    engine = build(backend, bundle, graph, built, place.options())
     assert engine.is_file()
     assert all(path.name.startswith(engine.stem) for path in built.iterdir())
     moved = built.rename(tmp_path / "moved") / engine.name
     record = bundle.graphs[graph]
-    runner = backend.load(moved, record.inputs, record.outputs, options)
+    runner = backend.load(moved, record.inputs, record.outputs, place.options())
     for batch in (1, 3):
         found, expected = create_buffers(bundle, graph, batch), create_buffers(bundle, graph, batch)
-        runner.bind(found)()
-        runners[graph].bind(expected)()
+        place.run(runner, found)
+        shared_place.run(runners[graph], expected)
         for name, array in outputs_of(bundle, graph, found).items():
             np.testing.assert_allclose(array, expected[name], rtol=0, atol=EXACT[name], err_msg=name)
     runner.close()
@@ -285,9 +353,9 @@ def test_engine_computes_what_its_graph_does(
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
 def test_truncated_engine_is_refused(
-    backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path, part: float
+    backend: Backend, place: Place, bundle: Bundle, tmp_path: Path, part: float
 ) -> None:
-    options, record = RunnerOptions(device=case[1]), bundle.graphs["generator"]
+    options, record = place.options(), bundle.graphs["generator"]
     engine = build(backend, bundle, "generator", tmp_path, options)
     content = engine.read_bytes()
     engine.write_bytes(content[: int(part * len(content))])
@@ -328,9 +396,15 @@ def refusal_of(backend: Backend, options: RunnerOptions) -> str | None:
 
 @pytest.mark.parametrize("precision", APPROXIMATE_PRECISIONS)
 def test_approximate_precision_is_refused_or_near(
-    backend: Backend, case: tuple[str, str], bundle: Bundle, runners: Mapping[str, Runner], precision: str
+    backend: Backend,
+    case: tuple[str, str],
+    place: Place,
+    shared_place: Place,
+    bundle: Bundle,
+    runners: Mapping[str, Runner],
+    precision: str,
 ) -> None:
-    options = RunnerOptions(device=case[1], precision=precision)
+    options = place.options(precision=precision)
     record = bundle.graphs["generator"]
     refusal = refusal_of(backend, options)
     if refusal is not None:
@@ -342,9 +416,9 @@ def test_approximate_precision_is_refused_or_near(
         return
     runner = backend.load(record.path, record.inputs, record.outputs, options)
     found, expected = create_buffers(bundle, "generator", 2), create_buffers(bundle, "generator", 2)
-    runner.bind(found)()
+    place.run(runner, found)
     runner.close()
-    runners["generator"].bind(expected)()
+    shared_place.run(runners["generator"], expected)
     for name, array in outputs_of(bundle, "generator", found).items():
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=tolerances_of(precision)[name], err_msg=name)
     with Session.open(bundle.path, backend=case[0], device=case[1], precision=precision, plain=True) as session:

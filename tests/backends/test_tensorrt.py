@@ -23,6 +23,7 @@ from restyle_deploy.build import BuildOptions, build_engine
 from restyle_deploy.bundle import Bundle, open_bundle, read_bundle
 from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
 from restyle_deploy.runtime.session import Session
+from tests.backends.place import Place
 
 NO_DEVICE = ((), "there is no NVIDIA driver")
 OPTIONS = RunnerOptions(device="cuda:0")
@@ -352,6 +353,7 @@ def test_profile_and_targets_reach_the_builder(
     ]
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert config.num_optimization_profiles == 1
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that runs can be captured
 
 
 @pytest.mark.tensorrt
@@ -470,20 +472,21 @@ def test_engine_runs_and_stripped_one_gives_the_same(
 ) -> None:
     record = demo.graphs["generator"]
     results, sizes = [], []
+    place = Place(OPTIONS.device)
     for stripped in (False, True):
         folder = tmp_path / str(stripped)
         folder.mkdir()
         engine = build(on_gpu, record.path, folder, precision, stripped=stripped, max_batch=3)
         sizes.append(engine.stat().st_size)
-        options = replace(OPTIONS, precision=precision)
         weights = record.path if stripped else None
-        runner = on_gpu.load(engine, record.inputs, record.outputs, options, weights)
+        runner = on_gpu.load(engine, record.inputs, record.outputs, place.options(precision=precision), weights)
         latents = np.stack([demo.latent_avg] * 2)
         buffers = {"latent": latents} | {spec.name: spec.allocate(2) for spec in record.outputs}
-        runner.bind(buffers)()
+        place.run(runner, buffers)
         runner.close()
         assert np.isfinite(buffers["image"]).all()
         results.append(buffers["image"])
+    place.close()
     assert sizes[1] < 0.2 * sizes[0]
     np.testing.assert_allclose(results[0], results[1], atol=1e-3 if precision == "fp32" else 0.1)
 
@@ -493,11 +496,13 @@ def test_engine_runs_and_stripped_one_gives_the_same(
 def test_batch_outside_the_profile_is_refused(on_gpu: TensorRtBackend, demo: Bundle, tmp_path: Path) -> None:
     record = demo.graphs["generator"]
     engine = build(on_gpu, record.path, tmp_path, max_batch=2)
-    runner = on_gpu.load(engine, record.inputs, record.outputs, OPTIONS)
+    place = Place(OPTIONS.device)
+    runner = on_gpu.load(engine, record.inputs, record.outputs, place.options())
     buffers = {spec.name: spec.allocate(3) for spec in record.inputs + record.outputs}
     with pytest.raises(ShapeError, match="a run of 3 images: the engine was built for 1 to 2; build"):
-        runner.bind(buffers)
+        runner.bind(place.upload(buffers))
     runner.close()
+    place.close()
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """What the TensorRT backend asks the library for, on a stand-in that writes it down: no GPU, and no TensorRT."""
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
-import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -19,14 +17,13 @@ from restyle_deploy.backends import tensorrt_network
 from restyle_deploy.backends.base import OPTION_NAMES, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.backends.tensorrt import TensorRtBackend
 from restyle_deploy.backends.tensorrt_layers import describe_inspected
-from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX, create_logger
+from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX
 from restyle_deploy.backends.tensorrt_network import check_planes, write_typed_graph
 from restyle_deploy.cli.options import engine_options
 from restyle_deploy.errors import BuildError
-from restyle_deploy.tensors import TensorSpec
-from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, recorded
+from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, RecordingQueue, recorded
 
-OPTIONS = RunnerOptions(device="cuda:1")
+OPTIONS = RunnerOptions(device="cuda:1", queue=RecordingQueue())
 NO_PLUGINS = EngineOptions(no_plugins=True)
 
 
@@ -234,72 +231,6 @@ def test_graph_without_filters_takes_any_batch() -> None:
     node = ir.node("Relu", [x], name="relu")
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20}, name="graph")
     check_planes(ir.Model(graph, ir_version=10), 60_000)
-
-
-# Running
-
-
-class FakeContext:
-    """An execution context that refuses one call."""
-
-    def __init__(self, logger: Any, refused: str) -> None:
-        self._logger, self._refused = logger, refused
-
-    def _answer(self, name: str) -> bool:
-        if name == self._refused:
-            self._logger.log(1, f"{name}: not so")
-        return name != self._refused
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        return self._answer("set_tensor_address")
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        return self._answer("set_input_shape")
-
-    def execute_async_v3(self, stream: int) -> bool:
-        return self._answer("execute_async_v3")
-
-
-@pytest.mark.parametrize(
-    ("refused", "what"),
-    [
-        ("set_tensor_address", "take the address of x"),
-        ("set_input_shape", r"take \[1, 2\] for x"),
-        ("execute_async_v3", "run the engine"),
-        ("nothing", ""),
-    ],
-)
-def test_failing_run_names_library_and_last_error(
-    library: RecordingLibrary,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    refused: str,
-    what: str,
-) -> None:
-    runner_module = pytest.importorskip("restyle_deploy.backends.tensorrt_runner", reason="cuda-core is not installed")
-    memory = SimpleNamespace(handle=1, copy_from=lambda *_, **__: None, copy_to=lambda *_, **__: None)
-    monkeypatch.setattr(runner_module, "Buffer", SimpleNamespace(from_handle=lambda *_, **__: memory))
-    device = SimpleNamespace(set_current=lambda: None, allocate=lambda *_, **__: memory)
-    stream = SimpleNamespace(handle=1, sync=lambda: None)
-    logger = create_logger(library)
-    logger.log(1, "an old error")
-    run = runner_module._BoundRun(
-        runner_module.LoadedEngine(library, logger, None, None),
-        FakeContext(logger, refused),
-        {"x": np.zeros((1, 2), np.float32), "y": np.zeros((1, 2), np.float32)},
-        device=device,
-        stream=stream,
-        inputs=(TensorSpec(name="x", dtype="float32", shape=("N", 2)),),
-    )
-    if refused == "nothing":
-        run()
-        return
-    with (
-        caplog.at_level(logging.INFO),
-        pytest.raises(BuildError, match=rf"^TensorRT 10\.9\.0 cannot {what}: {refused}: not so"),
-    ):
-        run()
-    assert f"error: {refused}: not so" in caplog.text
 
 
 # Options

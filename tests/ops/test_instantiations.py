@@ -7,11 +7,13 @@ import pytest
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.ops.compiler import KernelResources, check_available, compile_kernels
 from restyle_deploy.ops.kernels import geometry
+from restyle_deploy.ops.kernels.image_launches import IMAGE_INSTANTIATIONS
 from restyle_deploy.ops.kernels.launches import INSTANTIATIONS, UPFIRDN2D
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 MOST_STATIC_SHARED_BYTES = 48 * 1024
 MOST_REGISTERS = 128  # two blocks of 256 threads find room on a multiprocessor: while one waits, the other works
+ALL = {**INSTANTIATIONS, **IMAGE_INSTANTIATIONS}
 GENERAL = re.compile(rf"{UPFIRDN2D}<\w+, {geometry.GENERAL}, ")
 
 
@@ -24,11 +26,11 @@ def compiler_is_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", INSTANTIATIONS)
+@pytest.mark.parametrize("kernel", ALL)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_instantiation_compiles_without_spills(kernel: str, arch: str) -> None:
-    resources = compile_kernels(kernel, INSTANTIATIONS[kernel], arch=arch).resources
-    assert set(resources) == set(INSTANTIATIONS[kernel])
+    resources = compile_kernels(kernel, ALL[kernel], arch=arch).resources
+    assert set(resources) == set(ALL[kernel])
     report = "\n".join(f"{expression}: {each}" for expression, each in resources.items() if _exceeds(each))
     assert not report, f"{arch}:\n{report}"
 

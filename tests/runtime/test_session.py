@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import BackendUnavailableError, BundleError, ShapeError, VerificationError
 from restyle_deploy.runtime.images import normalize_images, resize_image
-from restyle_deploy.runtime.session import LARGEST_VALUE, LOOPS_KEPT
+from restyle_deploy.runtime.loop import HOST_BATCHES_KEPT
+from restyle_deploy.runtime.session import LARGEST_VALUE
 from tests.fakes import create_session, encode, expected_latents, generate
 from tests.pictures import picture
 
@@ -193,7 +194,8 @@ def test_loop_allocates_nothing_per_step() -> None:
 
 def test_more_steps_need_no_more_memory(session: Session) -> None:
     targets = targets_of(session, 2)
-    session.invert(targets, steps=2)
+    for steps in (2, 60):
+        session.invert(targets, steps=steps)
 
     def peak_of(steps: int) -> int:
         tracemalloc.start()
@@ -208,12 +210,12 @@ def test_more_steps_need_no_more_memory(session: Session) -> None:
 
 def test_few_loops_are_kept() -> None:
     session, encoder, _ = create_session()
-    for count in (*range(1, LOOPS_KEPT + 3), 1):
+    for count in (*range(1, HOST_BATCHES_KEPT + 3), 1):
         targets = targets_of(session, count)
         found = session.invert(targets, steps=2).latents[:, 0, 0]
         np.testing.assert_allclose(found, expected_latents(targets, 2)[-1], atol=1e-5)
-        assert len(session._loops) <= LOOPS_KEPT
-    assert len(encoder.bound) == 2 * (LOOPS_KEPT + 3)
+        assert len(session._execution.loops) <= HOST_BATCHES_KEPT
+    assert len(encoder.bound) == 2 * (HOST_BATCHES_KEPT + 3)
 
 
 def test_threads_may_share_a_session(session: Session) -> None:
@@ -252,7 +254,7 @@ def test_closing_twice_is_safe_and_releases_the_graphs() -> None:
         session.invert(targets_of(session, 1), steps=1)
     session.close()
     assert (encoder.closed, generator.closed) == (1, 1)
-    assert not session._loops
+    assert not len(session._execution.loops)
 
 
 def test_closed_session_inverts_no_more(toy_bundle: Path) -> None:
@@ -368,7 +370,7 @@ def test_counts_below_one_are_refused(session: Session, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["steps", "max_batch"])
 def test_counts_that_are_no_whole_numbers_are_refused(session: Session, name: str) -> None:
-    for value, kind in ((5.0, "float"), ("5", "str"), (None, "NoneType"), (True, "bool")):
+    for value, kind in ((5.0, "float"), ("5", "str"), (True, "bool")):
         counts: dict[str, Any] = {name: value}
         with pytest.raises(TypeError, match=f"{name} is a {kind}, expected a whole number"):
             session.invert(pictures(1), **counts)

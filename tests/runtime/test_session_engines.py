@@ -14,7 +14,7 @@ from restyle_deploy.backends.base import EngineOptions, RunnerOptions
 from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, MANIFEST, open_bundle, write_manifest
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError
 from restyle_deploy.files import sha256_of_file
-from restyle_deploy.runtime import session as session_module
+from restyle_deploy.runtime import opening as opening_module
 from tests.bundles import PLAN, add_engine, replace_array
 from tests.fakes import VERSIONS, Buffers, FakeBackend, describe_target, encode, encode_features, generate, preview
 
@@ -33,7 +33,7 @@ def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
 def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     """What all sessions run on."""
     backend = FakeBackend(COMPUTES)
-    monkeypatch.setattr(session_module, "load_backend", lambda name: backend)
+    monkeypatch.setattr(opening_module, "load_backend", lambda name: backend)
     return backend
 
 

@@ -11,6 +11,7 @@ namespace {
 
 int primary_context_users = 0;
 thread_local CUcontext current_context = nullptr;
+thread_local std::vector<CUcontext> contexts_below;
 
 CUresult check_device(CUdevice device) { return device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE; }
 
@@ -69,6 +70,8 @@ void* entry_at(std::size_t index, std::integer_sequence<int, INDICES...>) {
 }
 
 }  // namespace
+
+bool has_context() { return current_context != nullptr; }
 
 void* unsupported_entry(const std::string& name) {
     std::size_t index = 0;
@@ -151,6 +154,23 @@ DRIVER_CALL cuDevicePrimaryCtxRelease(CUdevice device) {
 DRIVER_CALL cuCtxSetCurrent(CUcontext context) {
     Call call(__func__);
     current_context = context;
+    return CUDA_SUCCESS;
+}
+
+DRIVER_CALL cuCtxPushCurrent_v2(CUcontext context) {
+    Call call(__func__);
+    if (context != &primary_context) return CUDA_ERROR_INVALID_CONTEXT;
+    contexts_below.push_back(current_context);
+    current_context = context;
+    return CUDA_SUCCESS;
+}
+
+DRIVER_CALL cuCtxPopCurrent_v2(CUcontext* context) {
+    Call call(__func__);
+    if (contexts_below.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+    give(context, current_context);
+    current_context = contexts_below.back();
+    contexts_below.pop_back();
     return CUDA_SUCCESS;
 }
 

@@ -66,6 +66,8 @@ struct CUuserObject_st {};
 struct CUgraph_st {
     std::vector<Work> work;
     std::vector<std::shared_ptr<CUuserObject_st>> owned;
+    std::vector<CUevent> marks;  // that each launch records, as CU_EVENT_RECORD_EXTERNAL has it
+    bool forbids_allocation = false;  // while it is captured: modes other than "relaxed" do
 };
 struct CUgraphExec_st : CUgraph_st {};
 struct CUkern_st {  // also what a CUfunction points to
@@ -138,6 +140,13 @@ CUresult enqueue(CUstream stream, Work work);
 
 // Does all work that waits; without `everything`, only that of the streams which the default stream waits for.
 void do_waiting_work(bool everything);
+
+// Whether the calling thread has a context. Of the functions that need one, some check it here: those of allocations,
+// events and graphs that the package itself calls.
+bool has_context();
+
+// Whether a capture goes on whose mode forbids other calls.
+bool captures_strictly();
 
 // A function that answers "not supported" and records `name`.
 void* unsupported_entry(const std::string& name);

@@ -86,6 +86,27 @@ DRIVER_CALL cuMemAllocFromPoolAsync(CUdeviceptr* allocated, std::size_t bytes, C
     return allocate(allocated, bytes, true);
 }
 
+DRIVER_CALL cuMemAlloc_v2(CUdeviceptr* allocated, std::size_t bytes) {
+    Call call(__func__, bytes);
+    if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (captures_strictly()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    return allocate(allocated, bytes, true);
+}
+
+DRIVER_CALL cuMemFree_v2(CUdeviceptr start) {
+    Call call(__func__);
+    if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT;
+    do_waiting_work(true);
+    return release(start, true, nullptr);
+}
+
+DRIVER_CALL cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
+    Call call(__func__);
+    if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT;
+    give(total, device_bytes());
+    return give(free, device_bytes() - device_bytes_used);
+}
+
 DRIVER_CALL cuMemAllocHost(void** allocated, std::size_t bytes) {
     Call call(__func__, bytes);
     return allocate(reinterpret_cast<CUdeviceptr*>(allocated), bytes, false);

@@ -51,6 +51,10 @@ std::string values_of(void** arguments) {
     return values.str();
 }
 
+void take_time(CUevent event) {
+    if (events.has(event)) event->time = std::chrono::steady_clock::now();
+}
+
 CUkern_st* kernel_of(CUfunction function) { return reinterpret_cast<CUkern_st*>(function); }
 
 }  // namespace
@@ -68,6 +72,13 @@ void do_waiting_work(bool everything) {
     for (auto& [handle, stream] : streams) {
         if (everything || !(stream->flags & CU_STREAM_NON_BLOCKING)) stream->queue->do_until(stream->queue->end());
     }
+}
+
+bool captures_strictly() {
+    for (auto& [handle, stream] : streams) {
+        if (stream->capture != nullptr && stream->capture->forbids_allocation) return true;
+    }
+    return false;
 }
 
 CUresult enqueue(CUstream handle, Work work) {
@@ -148,12 +159,20 @@ DRIVER_CALL cuEventRecord(CUevent event, CUstream handle) {
     if (stream == nullptr || !events.has(event)) return CUDA_ERROR_INVALID_HANDLE;
     event->capture = stream->capture;
     if (event->capture != nullptr) return CUDA_SUCCESS;
-    CUresult result = enqueue(handle, [event] {
-        if (events.has(event)) event->time = std::chrono::steady_clock::now();
-    });
+    CUresult result = enqueue(handle, [event] { take_time(event); });
     event->queue = stream->queue;
     event->position = stream->queue->end();
     return result;
+}
+
+DRIVER_CALL cuEventRecordWithFlags(CUevent event, CUstream handle, unsigned int flags) {
+    Call call(__func__, flags);
+    CUstream_st* stream = stream_of(handle);
+    if (flags != CU_EVENT_RECORD_EXTERNAL) return cuEventRecord(event, handle);
+    if (stream == nullptr || !events.has(event)) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->capture == nullptr) return CUDA_ERROR_INVALID_VALUE;  // documented: invalid outside of a capture
+    stream->capture->marks.push_back(event);
+    return enqueue(handle, [event] { take_time(event); });
 }
 
 DRIVER_CALL cuEventQuery(CUevent event) {
@@ -180,10 +199,11 @@ DRIVER_CALL cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) 
     return give(milliseconds, std::chrono::duration<float, std::milli>(end->time - start->time).count());
 }
 
-DRIVER_CALL cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode) {
+DRIVER_CALL cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode) {
     Call call(__func__);
     if (!streams.has(stream) || stream->capture != nullptr) return CUDA_ERROR_INVALID_VALUE;
     stream->capture = graphs.make();
+    stream->capture->forbids_allocation = mode != CU_STREAM_CAPTURE_MODE_RELAXED;
     return CUDA_SUCCESS;
 }
 
@@ -251,12 +271,29 @@ DRIVER_CALL cuGraphInstantiateWithParams(CUgraphExec* executable, CUgraph graph,
     return CUDA_SUCCESS;
 }
 
-DRIVER_CALL cuGraphLaunch(CUgraphExec executable, CUstream stream) {
+DRIVER_CALL cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, unsigned long long) {
+    Call call(__func__);
+    CUDA_GRAPH_INSTANTIATE_PARAMS parameters{};
+    return has_context() ? cuGraphInstantiateWithParams(executable, graph, &parameters) : CUDA_ERROR_INVALID_CONTEXT;
+}
+
+DRIVER_CALL cuGraphUpload(CUgraphExec executable, CUstream stream) {
+    Call call(__func__);
+    return executables.has(executable) ? check_stream(stream) : CUDA_ERROR_INVALID_VALUE;
+}
+
+DRIVER_CALL cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     Call call(__func__);
     if (!executables.has(executable)) return CUDA_ERROR_INVALID_VALUE;
-    return enqueue(stream, [work = executable->work] {
+    CUresult result = enqueue(handle, [work = executable->work] {
         for (const Work& step : work) step();
     });
+    for (CUevent event : executable->marks) {
+        if (!events.has(event)) continue;
+        event->queue = stream_of(handle)->queue;
+        event->position = event->queue->end();
+    }
+    return result;
 }
 
 DRIVER_CALL cuGraphDestroy(CUgraph graph) {

@@ -57,6 +57,12 @@ To host_cast(From from) {
 
 inline float __int_as_float(int bits) { return host_cast<float>(bits); }
 
+// Each rounded once, as CUDA's: no compiler flag of ours lets the host contract them.
+inline double __dadd_rn(double left, double right) { return left + right; }
+inline double __dsub_rn(double left, double right) { return left - right; }
+inline double __dmul_rn(double left, double right) { return left * right; }
+inline double __ddiv_rn(double left, double right) { return left / right; }
+
 inline unsigned int __funnelshift_r(unsigned int low, unsigned int high, unsigned int shift) {
     return static_cast<unsigned int>((static_cast<std::uint64_t>(high) << 32 | low) >> (shift & 31u));
 }

@@ -1,0 +1,141 @@
+"""Where torch runs a graph: on the CPU, or on the stream of a session's GPU with memory that captured runs may keep."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from restyle_deploy.backends.base import Queue, RunnerOptions
+from restyle_deploy.backends.cpu import host_arrays
+from restyle_deploy.backends.cuda_devices import device_arrays, index_of, queue_of
+from restyle_deploy.device_array import Array, DeviceArray
+
+# Torch's settings of convolutions belong to the process: sessions that enqueue with others take turns.
+_SETTINGS = threading.RLock()
+_CONVOLUTIONS = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - it is there, and not in torch's types
+# The memory of all graphs on one queue: they run one after the other, so what one leaves the next one takes.
+_POOLS: WeakKeyDictionary[Queue, Any] = WeakKeyDictionary()
+
+
+class Execution(Protocol):
+    """How the runs of one graph are surrounded."""
+
+    def tensors_of(self, buffers: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Return views of a caller's buffers; raise `TypeError` or `ValueError` for those of another device."""
+        ...
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Return what a run is done in."""
+        ...
+
+
+class HostExecution:
+    """On the CPU; a run is complete when it returns."""
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+
+    def tensors_of(self, buffers: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Return views of NumPy's arrays."""
+        return {name: torch.from_numpy(array) for name, array in host_arrays(buffers).items()}
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Let torch use as many threads as were asked for, for so long."""
+        kept = torch.get_num_threads()
+        if self._threads in (None, kept):
+            yield
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(kept)
+
+
+class CudaExecution:
+    """On a GPU, enqueued on the session's stream.
+
+    All memory of a run comes from a pool that lives as long as the session's queue and serves nothing else. A CUDA
+    graph that has recorded a run keeps the addresses: whatever other code in the process allocates later, they stay its
+    own. Runs that share the pool do not meet, as they are on one stream.
+    """
+
+    def __init__(self, options: RunnerOptions) -> None:
+        """Take the options' queue.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self._queue, self._device = queue_of(options), options.device
+        self._tf32 = options.precision == "tf32"
+        index = index_of(options.device)
+        self._stream = torch.cuda.ExternalStream(self._queue.stream, device=index)
+        if self._queue not in _POOLS:
+            with torch.cuda.device(index):
+                _POOLS[self._queue] = torch.cuda.MemPool()
+            self._create_workspace()
+        self._pool = _POOLS[self._queue]
+
+    def tensors_of(self, buffers: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Return views of device arrays."""
+        arrays = device_arrays(buffers, self._device)
+        return {name: torch.as_tensor(_Interface(array), device=self._device) for name, array in arrays.items()}
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Enqueue on the session's stream, from the session's pool, in the arithmetic that the precision names."""
+        index = index_of(self._device)
+        with (
+            _SETTINGS,
+            torch.cuda.device(index),
+            torch.cuda.stream(self._stream),
+            torch.cuda.use_mem_pool(self._pool, index),
+            _arithmetic(tf32=self._tf32),
+        ):
+            yield
+
+    def _create_workspace(self) -> None:
+        """Let cuBLAS allocate what it keeps for a stream: outside the pool, which could not be given back otherwise."""
+        with torch.cuda.device(index_of(self._device)), torch.cuda.stream(self._stream):
+            ones = torch.ones(16, 16, device=self._device)
+            functional.linear(ones, ones, ones[0])
+            torch.bmm(ones[None], ones[None])
+
+
+class _Interface:
+    """A device array as torch takes it: without the stream, which is the run's own."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.address, False),
+            "version": 2,
+        }
+
+
+@contextmanager
+def _arithmetic(*, tf32: bool) -> Iterator[None]:
+    """Let convolutions be those that measure fastest, in TF32 or not; matrix products, which are small, never are."""
+    settings: tuple[tuple[Any, str, Any], ...] = (
+        (torch.backends.cudnn, "benchmark", True),
+        (_CONVOLUTIONS, "fp32_precision", "tf32" if tf32 else "ieee"),
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    )
+    kept = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
+    try:
+        for holder, name, value in settings:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in kept:
+            setattr(holder, name, value)

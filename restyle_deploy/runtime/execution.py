@@ -1,0 +1,229 @@
+"""The order in which a session's calls go to its device."""
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+from restyle_deploy.bundle import Bundle
+from restyle_deploy.device_array import Array
+from restyle_deploy.runtime.arena import AVERAGE_CURRENT, AVERAGE_LATENT, LATENTS
+from restyle_deploy.runtime.base import Device, Event
+from restyle_deploy.runtime.calls import Call, Inputs
+from restyle_deploy.runtime.loop import LoadedGraph, LoopCache
+from restyle_deploy.runtime.memory import SessionMemory
+from restyle_deploy.runtime.outputs import DeviceResults, HostResults, Output
+from restyle_deploy.runtime.results import (
+    DeviceInversion,
+    Inversion,
+    InversionResult,
+    InversionTimings,
+    PendingInversion,
+    sum_timings,
+    timings_from,
+)
+from restyle_deploy.runtime.slots import ARENA_SLOTS, Lease, Slot
+
+
+class HostRun:
+    """A run whose results are on their way to the host.
+
+    Attributes:
+        timings: of a session that measures.
+    """
+
+    def __init__(self, lease: Lease, event: Event, timings: InversionTimings | None) -> None:
+        self.timings = timings
+        self._lease, self._event = lease, event
+
+    def is_done(self) -> bool:
+        """Whether the results have arrived; does not wait."""
+        return self._event.is_done()
+
+    def finish(self) -> None:
+        """Wait, bring the results to where the caller gets them, and give the slot back."""
+        self._event.wait()
+        self._lease.slot.deliver()
+        self._lease.slot.event = None  # there is nothing that the next call would have to wait for
+        self._lease.end()
+
+
+class Execution:
+    """Memory and loops of a session on its device. Threads may share it: one enqueues at a time.
+
+    Attributes:
+        loops: that are bound and recorded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: Mapping[str, LoadedGraph],
+        device: Device,
+        *,
+        least_batch: int,
+        max_batch: int,
+        timing_enabled: bool = False,
+        capture: bool = True,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            bundle: gives the average.
+            graphs, device: what runs, and where; owned from now on, and closed after an error.
+            least_batch, max_batch: images of one run; one of fewer is filled up.
+            timing_enabled: whether to take times; each run is then waited for before the next one is enqueued.
+            capture: whether to record loops.
+        Raises:
+            DeviceError: there is not so much memory.
+        """
+        self._device, self._least_batch, self._timing_enabled = device, least_batch, timing_enabled
+        self._runners = [graph.runner for graph in graphs.values()]
+        records = {role: graph.record for role, graph in graphs.items()}
+        try:
+            self._memory = SessionMemory(bundle, records, device, max_batch=max_batch)
+        except BaseException:
+            self._close_runners()
+            device.close()
+            raise
+        self.loops = LoopCache(device, self._memory.state, graphs, timing_enabled=timing_enabled, capture=capture)
+        self._lock = threading.Lock()
+        self._in_flight: deque[tuple[Event, object]] = deque()
+        self._is_closed = False
+
+    def find_array(self, source: object, stream: int | None) -> Array | None:
+        """Return a caller's array as the device sees it; see `Device.external_array`."""
+        with self._lock:
+            return self._device.external_array(source, stream=stream)
+
+    def invert_to_host(self, call: Call) -> InversionResult:
+        """Run a call and wait; the caller owns the results. One run is enqueued while another one is finished."""
+        results = HostResults(call, self._memory.shapes)
+        runs: deque[HostRun] = deque()
+        timings = []
+        for first in range(0, call.count, call.max_batch):
+            if len(runs) == ARENA_SLOTS:
+                runs.popleft().finish()
+            runs.append(self._start_host_run(call, first, results))
+            timings.append(runs[-1].timings)
+        for run in runs:
+            run.finish()
+        return results.result(sum_timings([one for one in timings if one is not None]))
+
+    def invert_on_device(self, call: Call) -> DeviceInversion:
+        """Enqueue a call whose images are on the device, and return its results, which are there too."""
+        with self._lock:
+            lease = self._memory.slots.lease(call.count * call.kept)
+            results = DeviceResults(self._device, lease.slot, call, self._memory.shapes)
+        inputs = call.inputs.staged(lease.slot)
+        timings = []
+        with self._lock:
+            for first in range(0, call.count, call.max_batch):
+                last = min(first + call.max_batch, call.count)
+                timings.append(self._enqueue(call, inputs.part(first, last), first, lease.slot, results))
+            event = lease.slot.event
+            assert event is not None
+            self._keep_alive(event, call.kept_alive)
+        measured = sum_timings([one for one in timings if one is not None])
+        return DeviceInversion(results.arrays, lease, event, timings=measured)
+
+    def start(self, call: Call) -> PendingInversion[Inversion]:
+        """Enqueue a call of one run, or one whose images are on the device, and return what waits for it."""
+        if call.is_on_device:
+            inversion = self.invert_on_device(call)
+            return PendingInversion(is_done=inversion.is_done, finish=inversion.waited)
+        results = HostResults(call, self._memory.shapes)
+        run = self._start_host_run(call, 0, results)
+
+        def finish() -> InversionResult:
+            run.finish()
+            return results.result(run.timings)
+
+        return PendingInversion(is_done=run.is_done, finish=finish)
+
+    def close(self) -> None:
+        """Wait for what is in flight, and release all but what results on the device lie in. Safe to call twice."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._device.synchronize()
+            self._in_flight.clear()
+            self.loops.close()
+            self._close_runners()
+            self._memory.close()
+
+    def _start_host_run(self, call: Call, first: int, results: HostResults) -> HostRun:
+        """Enqueue the run of a call that begins with image `first`."""
+        last = min(first + call.max_batch, call.count)
+        with self._lock:
+            lease = self._memory.slots.lease((last - first) * call.kept)
+        inputs = call.inputs.part(first, last).staged(lease.slot)
+        with self._lock:
+            timings = self._enqueue(call, inputs, first, lease.slot, results)
+            assert lease.slot.event is not None
+            return HostRun(lease, lease.slot.event, timings)
+
+    def _enqueue(self, call: Call, inputs: Inputs, first: int, slot: Slot, output: Output) -> InversionTimings | None:
+        """Enqueue one run; with timing, wait for it and return its times."""
+        device, state, count = self._device, self._memory.state, len(inputs.images)
+        batch = max(self._least_batch, count)
+        loop = self.loops.loop(batch=batch, steps=call.steps, every_step=call.every_step)
+        timed = self._timing_enabled
+        try:
+            if call.stream is not None:
+                device.wait_for_stream(call.stream)
+            marks = [device.record(timing=True)] if timed else []
+            self._set_target(inputs.images, slot, batch)
+            self._set_start(inputs, batch)
+            marks += [device.record(timing=True)] if timed else []
+            marks += loop.run()
+            for step, (image, latent) in enumerate(loop.graphs.results(call.steps, count)):
+                output.put(slot, step, first, image, latent)
+            output.put_current(slot, first, state.part("current", 0, count))
+            for stream in call.followed_streams:
+                device.hold_stream(stream)
+        finally:
+            end = slot.event = device.record(timing=timed)
+        self.loops.record(loop)
+        if not timed:
+            return None
+        end.wait()
+        return timings_from([*marks, end])
+
+    def _set_target(self, images: Array, slot: Slot, batch: int) -> None:
+        """Enqueue the images' way into the state; of fewer than the batch the last one fills the rest."""
+        state, count = self._memory.state, len(images)
+        source = slot.upload(images) if isinstance(images, np.ndarray) else images
+        self._device.prepare_images(source, state.part("target", 0, count))
+        self._fill("target", count, batch)
+
+    def _set_start(self, inputs: Inputs, batch: int) -> None:
+        """Enqueue where the loop starts: the average, or what is given."""
+        state, count = self._memory.state, len(inputs.images)
+        for name, average, given in (
+            (LATENTS[0], AVERAGE_LATENT, inputs.latents),
+            ("current", AVERAGE_CURRENT, inputs.current),
+        ):
+            if given is None:
+                self._device.copy(state.part(name, 0, batch), state.average(average, batch))
+            else:
+                self._device.copy(state.part(name, 0, count), given)
+                self._fill(name, count, batch)
+
+    def _fill(self, name: str, count: int, batch: int) -> None:
+        for row in range(count, batch):
+            self._device.copy(
+                self._memory.state.part(name, row, row + 1), self._memory.state.part(name, count - 1, count)
+            )
+
+    def _keep_alive(self, event: Event, kept: object) -> None:
+        """Hold what a caller's array lies in until it has been read; let go of what has been."""
+        while self._in_flight and self._in_flight[0][0].is_done():
+            self._in_flight.popleft()
+        self._in_flight.append((event, kept))
+
+    def _close_runners(self) -> None:
+        for runner in self._runners:
+            runner.close()

@@ -1,0 +1,270 @@
+"""Memory of one call that the next call must not touch yet: pinned staging, and results on the device."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restyle_deploy.device_array import Array
+from restyle_deploy.runtime.arena import Arrays, aligned, part_of, place_arrays
+from restyle_deploy.runtime.base import Block, Device, Event
+
+# Slots of the arena: one being filled while the other is emptied.
+ARENA_SLOTS = 2
+# Further slots kept for the next call once they are free.
+SPARE_SLOTS = 2
+
+RESULTS = ("image", "latent", "current")
+
+GivenMemory = tuple[Block, int, Block, int]
+"""A block of the device and where in it a slot begins, and a pinned one likewise."""
+
+
+class SlotMemory:
+    """Memory somewhere in a given block, or a block of its own that is allocated when it is first needed."""
+
+    def __init__(self, allocate: Callable[[int], Block], nbytes: int, given: tuple[Block, int] | None) -> None:
+        """Take `nbytes` of a given block from an offset on; for None, of one that `allocate` makes."""
+        self._allocate, self._nbytes, self._given = allocate, nbytes, given
+        self._own: Block | None = None
+
+    def block(self) -> tuple[Block, int]:
+        """Return the block, and where in it the memory begins."""
+        if self._given is not None:
+            return self._given
+        if self._own is None:
+            self._own = self._allocate(self._nbytes)
+        return self._own, 0
+
+    def grow(self, nbytes: int) -> None:
+        """Have at least so many bytes, in another block if need be; what was there is lost."""
+        if nbytes > self._nbytes:
+            self.close()
+            self._given, self._nbytes = None, nbytes
+
+    def close(self) -> None:
+        """Give back a block of its own; safe to call twice."""
+        if self._own is not None:
+            self._own.close()
+        self._own = None
+
+
+class Slot:
+    """Staging for the images and the start of one run, and results of as many images, pinned or on the device.
+
+    On the host nothing is staged: images are read where they are, and results are written where the caller gets them.
+
+    Attributes:
+        rows: images of all steps that are kept, as which results fit.
+        event: reached when what was enqueued last has ended; None before that.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        rows: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        input_bytes: int,
+        given: GivenMemory | None = None,
+    ) -> None:
+        """Place the arrays.
+
+        Args:
+            device: where they lie.
+            rows: images that results are to be held of.
+            shapes: of one image's `image`, `latent` and `current`.
+            input_bytes: of the images of one run that are staged; more of them take memory of their own.
+            given: where a slot of the arena lies; others allocate memory when they first need it.
+        """
+        self.rows = rows
+        self.event: Event | None = None
+        self._device = device
+        self._places, result_bytes = place_arrays({name: shapes[name] for name in RESULTS}, rows)
+        inputs = results = pinned_inputs = pinned_results = None
+        if given is not None:
+            block, begin, pinned, pinned_begin = given
+            inputs, results = (block, begin), (block, begin + aligned(input_bytes))
+            pinned_inputs, pinned_results = (pinned, pinned_begin), (pinned, pinned_begin + aligned(input_bytes))
+        self._staging = SlotMemory(device.allocate_host, input_bytes, pinned_inputs)
+        self._inputs = SlotMemory(device.allocate, input_bytes, inputs)
+        self._results = SlotMemory(device.allocate, result_bytes, results)
+        self._arrivals = SlotMemory(device.allocate_host, result_bytes, pinned_results)
+        self._deliveries: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    @staticmethod
+    def nbytes(shapes: Mapping[str, tuple[int, ...]], *, rows: int, input_bytes: int) -> int:
+        """Return the bytes of the device, and as many pinned ones, that a slot of the arena takes."""
+        return aligned(input_bytes) + place_arrays({name: shapes[name] for name in RESULTS}, rows)[1]
+
+    def stage(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Copy arrays into pinned memory, once what was enqueued last has ended; on the host return them as they are.
+
+        They are laid one after the other, `images` first, which `upload` then finds on the device.
+        """
+        if self._device.is_host or not arrays:
+            return dict(arrays)
+        if self.event is not None:
+            self.event.wait()
+        self._staging.grow(sum(aligned(array.nbytes) for array in arrays.values()))
+        block, offset = self._staging.block()
+        staged = {}
+        for name, array in arrays.items():
+            staged[name] = cast(NDArray[Any], self._device.array(block, offset, array.shape, array.dtype.name))
+            np.copyto(staged[name], array)
+            offset += aligned(array.nbytes)
+        return staged
+
+    def upload(self, staged: NDArray[Any]) -> Array:
+        """Enqueue the copy of staged images to the device; on the host return them as they are."""
+        if self._device.is_host:
+            return staged
+        self._inputs.grow(staged.nbytes)
+        block, offset = self._inputs.block()
+        uploaded = self._device.array(block, offset, staged.shape, staged.dtype.name)
+        self._device.copy(uploaded, staged)
+        return uploaded
+
+    def download_pixels(self, row: int, source: Array, destination: NDArray[np.uint8]) -> None:
+        """Enqueue images as pixels, and their copy to the host; see `download`.
+
+        Args:
+            row: see `download`.
+            source: float32 [N, 3, R, R'] on the device.
+            destination: uint8 [N, R, R', 3].
+        """
+        if self._device.is_host:
+            self._device.pixels_from_images(source, destination)
+            return
+        rows = self.result("image", (row + len(source),), destination.shape[1:], "uint8")
+        pixels = part_of(rows, row, row + len(source))
+        self._device.pixels_from_images(source, pixels)
+        self.download("image", row, pixels, destination)
+
+    def result(self, name: str, leading: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a result's array on the device: [*leading, *shape]; a view."""
+        return self._array(self._results, name, leading, shape, dtype)
+
+    def download(self, name: str, row: int, source: Array, destination: NDArray[Any]) -> None:
+        """Enqueue the copy of a part of a result to the host, where `deliver` copies it on to `destination`.
+
+        Args:
+            name: one of `RESULTS`.
+            row: of the slot's array, where the part goes.
+            source: on the device.
+            destination: the caller's, contiguous and of the same shape and dtype.
+        """
+        if self._device.is_host:
+            self._device.copy(destination, source)
+            return
+        staged = self._array(self._arrivals, name, (row + len(source),), source.shape[1:], str(source.dtype))
+        part = cast(NDArray[Any], staged)[row:]
+        self._device.copy(part, source)
+        self._deliveries.append((destination, part))
+
+    def deliver(self) -> None:
+        """Copy what has arrived on the host to where the caller gets it; `event` has been waited for."""
+        for destination, staged in self._deliveries:
+            np.copyto(destination, staged)
+        self._deliveries.clear()
+
+    def forget_deliveries(self) -> None:
+        """Leave what may arrive undelivered, after an error."""
+        self._deliveries.clear()
+
+    def close(self) -> None:
+        """Give back what is not of the arena; safe to call twice."""
+        for memory in (self._staging, self._inputs, self._results, self._arrivals):
+            memory.close()
+
+    def _array(
+        self, memory: SlotMemory, name: str, leading: tuple[int, ...], shape: tuple[int, ...], dtype: str
+    ) -> Array:
+        block, begin = memory.block()
+        arrays = Arrays(self._device, block, self._places, begin=begin)
+        return arrays.shaped(name, leading, dtype, shape)
+
+
+class Lease:
+    """A slot for as long as this, or an array that has it as its owner, is alive."""
+
+    def __init__(self, slot: Slot, give_back: Callable[[Slot], None]) -> None:
+        self.slot = slot
+        self._finalizer = weakref.finalize(self, give_back, slot)
+        self._finalizer.atexit = False
+
+    def end(self) -> None:
+        """Give the slot back now; safe to call twice. No array of it may be read any more."""
+        self._finalizer()
+
+
+class Slots:
+    """The slots of a session. One thread at a time leases; slots come back from any, by garbage collection too."""
+
+    def __init__(
+        self,
+        first: list[Slot],
+        create: Callable[[int], Slot],
+        *,
+        release: Callable[[], None],
+    ) -> None:
+        """Start with slots of the arena.
+
+        Args:
+            first: the arena's.
+            create: makes a further one for so many rows.
+            release: called once all slots are back after `close`, or again; frees what they lie in.
+        """
+        self._create, self._release = create, release
+        self._arena = first
+        self._free = list(first)
+        self._returned: deque[Slot] = deque()  # garbage collection may interrupt whatever else touches the free ones
+        self._out: dict[int, Slot] = {}
+        self._is_closed = False
+        self._closing = threading.RLock()
+
+    def lease(self, rows: int) -> Lease:
+        """Return the smallest free slot that holds results of so many rows, or a new one."""
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        self._close_spares()
+        fitting = sorted((slot for slot in self._free if slot.rows >= rows), key=lambda slot: slot.rows)
+        if fitting:
+            slot = fitting[0]
+            self._free.remove(slot)
+        else:
+            slot = self._create(rows)
+        slot.forget_deliveries()
+        self._out[id(slot)] = slot
+        return Lease(slot, self._give_back)
+
+    def close(self) -> None:
+        """Close the free slots, and the others when they come back; then release. Safe to call twice."""
+        self._is_closed = True
+        self._returned.extend(self._free)
+        self._free.clear()
+        self._finish()
+
+    def _give_back(self, slot: Slot) -> None:
+        self._returned.append(slot)
+        self._out.pop(id(slot), None)
+        if self._is_closed:
+            self._finish()
+
+    def _finish(self) -> None:
+        with self._closing:  # the last slots may come back in several threads
+            while self._returned:
+                self._returned.popleft().close()
+            if not self._out:
+                self._release()
+
+    def _close_spares(self) -> None:
+        """Close those further slots that have been free for longest."""
+        spares = [slot for slot in self._free if slot not in self._arena]
+        for slot in spares[: max(0, len(spares) - SPARE_SLOTS)]:
+            self._free.remove(slot)
+            slot.close()

@@ -1,0 +1,422 @@
+"""A GPU as a `Device`, through the real cuda-core and cuda-bindings on a stand-in for the driver."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+
+from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.ops import compiler
+from restyle_deploy.ops.kernels.image_launches import launch_pixels_from_images, launch_prepare_images
+from restyle_deploy.ops.kernels.launches import Launch
+from restyle_deploy.runtime import device as device_module
+from restyle_deploy.runtime.device import open_device
+from tests.backends.host_driver.stand_in import HostDriver, Run
+
+pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+
+START = """
+import threading
+import numpy as np
+from cuda.bindings import driver
+from restyle_deploy.errors import DeviceError
+from restyle_deploy.runtime.device import open_device
+
+device = open_device("cuda:0")
+
+def array(count, *, pinned):
+    block = device.allocate_host(4 * count) if pinned else device.allocate(4 * count)
+    return device.array(block, 0, (count,), "float32")
+
+source, result, middle = array(4, pinned=True), array(4, pinned=True), array(4, pinned=False)
+source[:] = [1, 2, 3, 4]
+
+def there_and_back():
+    device.copy(middle, source)
+    device.copy(result, middle)
+"""
+WAITS = ("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
+ALLOCATIONS = ("cuMemAlloc", "cuMemAllocHost", "cuMemFree", "cuMemFreeHost", "cuMemAllocFromPoolAsync")
+
+
+def run(driver: HostDriver, script: str, **options: int) -> Run:
+    run = driver.run(START + script, **options)  # type: ignore[arg-type]
+    assert run.named("unsupported") == []
+    return run
+
+
+def between(run: Run, mark: str) -> Counter[str]:
+    """Count the calls between two calls of a function that nothing else calls."""
+    first, last = (index for index, call in enumerate(run.calls) if call.name == mark)
+    return Counter(call.name for call in run.calls[first + 1 : last])
+
+
+def test_copies_are_done_when_an_event_is_reached(host_driver: HostDriver) -> None:
+    script = """
+there_and_back()
+event = device.record()
+print(result, event.is_done())
+event.wait()
+print(result, event.is_done())
+print(device.name, device.is_host, isinstance(source, np.ndarray), middle.device_index, middle.stream == device.stream)
+"""
+    lines = run(host_driver, script).output.splitlines()
+    assert lines == ["[nan nan nan nan] False", "[1. 2. 3. 4.] True", "cuda:0 False True 0 True"]
+
+
+def test_views_of_a_block(host_driver: HostDriver) -> None:
+    script = """
+block = device.allocate(4096)
+whole, part = device.array(block, 0, (8,), "float32"), device.array(block, 256, (2, 3), "uint8")
+print(part.address - whole.address, part.shape, part.dtype, block.address % 256)
+pinned = device.allocate_host(1024)
+device.array(pinned, 512, (2, 2), "float32")[:] = 1
+print(device.array(pinned, 512, (4,), "float32"))
+for offset, shape in ((4092, (2,)), (-4, (1,))):
+    try:
+        device.array(block, offset, shape, "float32")
+    except AssertionError as error:
+        print(error)
+block.close()
+try:
+    device.array(block, 0, (8,), "float32")
+except AssertionError as error:
+    print(error)
+"""
+    assert run(host_driver, script).output.splitlines() == [
+        "256 (2, 3) uint8 0",
+        "[1. 1. 1. 1.]",
+        "8 bytes at 4092 of a block of 4096",
+        "4 bytes at -4 of a block of 4096",
+        "the block is closed",
+    ]
+
+
+def test_a_replay_is_one_launch_and_neither_allocates_nor_waits(host_driver: HostDriver) -> None:
+    script = """
+replay = device.capture(there_and_back)
+driver.cuDriverGetVersion()
+for _ in range(3):
+    replay()
+driver.cuDriverGetVersion()
+print(result)
+for start in (1, 5):
+    source[:] = np.arange(start, start + 4)
+    replay()
+    device.synchronize()
+    print(result)
+replay.close()
+replay.close()
+try:
+    replay()
+except ValueError as error:
+    print(error)
+"""
+    # Opening asks for the driver's version, too.
+    done = run(host_driver, script.replace("cuDriverGetVersion", "cuMemGetInfo"))
+    calls = between(done, "cuMemGetInfo")
+    assert calls["cuGraphLaunch"] == 3
+    assert not calls.keys() & {*WAITS, *ALLOCATIONS, "cuMemcpyAsync", "cuGraphUpload"}
+    results = ["[nan nan nan nan]", "[1. 2. 3. 4.]", "[5. 6. 7. 8.]"]
+    assert done.output.splitlines() == [*results, "the replay is closed"]
+    assert len(done.named("cuGraphExecDestroy")) == len(done.named("cuGraphDestroy")) == 1
+
+
+def test_marks_of_a_capture_are_reached_in_each_replay(host_driver: HostDriver) -> None:
+    script = """
+marks = []
+def enqueue():
+    marks.append(device.record(timing=True))
+    there_and_back()
+    marks.append(device.record(timing=True))
+begin = device.record(timing=True)
+replay = device.capture(enqueue)
+times = []
+for _ in range(2):
+    replay()
+    print(marks[1].is_done())
+    marks[1].wait()
+    print(result, marks[1].elapsed_ms(marks[0]) >= 0)
+    times.append(marks[0].elapsed_ms(begin))
+print(times[1] > times[0])
+"""
+    done = run(host_driver, script)
+    assert done.output.splitlines() == [*["False", "[1. 2. 3. 4.] True"] * 2, "True"]
+    # CU_EVENT_RECORD_EXTERNAL, and that in the capture alone
+    assert [call.arguments for call in done.named("cuEventRecordWithFlags")] == [("1",)] * 2
+
+
+def test_a_capture_that_is_refused_leaves_the_device_as_it_was(host_driver: HostDriver) -> None:
+    script = """
+def fail():
+    there_and_back()
+    raise RuntimeError("cannot be captured")
+for enqueue in (fail, lambda: device.synchronize()):
+    try:
+        device.capture(enqueue)
+    except DeviceError as error:
+        print(error, "|", type(error.__cause__).__name__)
+there_and_back()
+device.record().wait()
+print(result)
+replay = device.capture(there_and_back)
+"""
+    done = run(host_driver, script)
+    assert done.output.splitlines() == [
+        "cuda:0: the work cannot be recorded as a CUDA graph: cannot be captured | RuntimeError",
+        "cuda:0: the work cannot be recorded as a CUDA graph: "
+        "cuStreamSynchronize: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED | DeviceError",
+        "[1. 2. 3. 4.]",
+    ]
+    assert len(done.named("cuGraphDestroy")) == 3
+
+
+def test_memory_may_come_and_go_during_a_capture(host_driver: HostDriver) -> None:
+    """A library allocates lazily; a result that is collected gives its block back, which waits until the end."""
+    script = """
+old = device.allocate(512)
+def enqueue():
+    device.allocate(1024)
+    old.close()
+    there_and_back()
+replay = device.capture(enqueue)
+replay()
+device.synchronize()
+print(result)
+"""
+    done = run(host_driver, script)
+    assert done.output == "[1. 2. 3. 4.]\n"
+    names = [call.name for call in done.calls]
+    assert names.index("cuMemFree") > names.index("cuStreamEndCapture")
+
+
+def test_too_much_memory_is_refused_with_what_is_free(host_driver: HostDriver) -> None:
+    script = """
+block = device.allocate(1 << 30)
+try:
+    device.allocate(3 << 30)
+except DeviceError as error:
+    print(error)
+block.close()
+block.close()
+device.allocate(3 << 30).close()
+"""
+    done = run(host_driver, script, memory_bytes=(3 << 30) + 1024)
+    assert done.output == (
+        "cuda:0: 3.00 GiB asked for, 2.00 of 3.00 GiB are free (cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY); "
+        "a smaller max_batch needs less\n"
+    )
+
+
+def test_200_times_open_run_close_gives_all_back(host_driver: HostDriver) -> None:
+    script = """
+import gc
+device.close()
+del middle, source, result
+
+def free():
+    driver.cuCtxPushCurrent(driver.cuDevicePrimaryCtxRetain(0)[1])
+    value = driver.cuMemGetInfo()[1]
+    driver.cuCtxPopCurrent()
+    return value
+
+def once():
+    device = open_device("cuda:0")
+    device.reserve_scratch(1 << 20)
+    device.scratch_address()
+    blocks = [device.allocate(1 << 16), device.allocate_host(1 << 16)]
+    on_device, pinned = (device.array(block, 0, (64,), "float32") for block in blocks)
+    events = []
+    def enqueue():
+        device.copy(on_device, pinned)
+        events.append(device.record(timing=True))
+    replay = device.capture(enqueue)
+    replay()
+    device.external_array(on_device).__dlpack__(stream=1)
+    device.record().wait()
+    replay.close()
+    for block in blocks:
+        block.close()
+    device.close()
+    device.close()
+
+once()
+gc.collect()
+before = free()
+for _ in range(200):
+    once()
+gc.collect()
+print(before - free())
+"""
+    done = run(host_driver, script)
+    assert done.output == "0\n"
+    counts = Counter(call.name for call in done.calls)
+    # Three blocks of START are left to it.
+    assert counts["cuMemAlloc"] - counts["cuMemFree"] == 1
+    assert counts["cuMemAllocHost"] - counts["cuMemFreeHost"] == 2
+    assert counts["cuGraphInstantiateWithFlags"] == counts["cuGraphExecDestroy"] == counts["cuGraphDestroy"] == 201
+    assert counts["cuEventCreate"] == counts["cuEventDestroy"] >= 3 * 201
+    assert counts["cuStreamCreateWithPriority"] - counts["cuStreamDestroy"] <= 1
+
+
+def test_any_thread_may_call_and_keeps_its_own_context(host_driver: HostDriver) -> None:
+    script = """
+def work():
+    print(int(driver.cuCtxGetCurrent()[1]))
+    there_and_back()
+    event = device.record()
+    device.capture(there_and_back)()
+    event.wait()
+    array(8, pinned=False)
+    middle.__dlpack__(stream=1)
+    print(result, event.is_done(), int(driver.cuCtxGetCurrent()[1]))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    assert run(host_driver, script).output.splitlines() == ["0", "[1. 2. 3. 4.] True 0"]
+
+
+def test_streams_wait_for_each_other(host_driver: HostDriver) -> None:
+    script = """
+from cuda.core import Device
+Device(0).set_current()
+other = Device(0).create_stream()
+handle, back = int(other.handle), array(4, pinned=True)
+device.copy(middle, source)
+device.hold_stream(handle)
+driver.cuMemcpyAsync(back.ctypes.data, middle.address, 16, handle)
+other.sync()
+print(back)
+source[:] = 9
+driver.cuMemcpyAsync(middle.address, source.ctypes.data, 16, handle)
+device.wait_for_stream(handle)
+device.copy(result, middle)
+device.synchronize()
+print(result)
+try:
+    device.wait_for_stream(12345)
+except DeviceError as error:
+    print(error)
+"""
+    done = run(host_driver, script)
+    assert done.output.splitlines() == [
+        "[1. 2. 3. 4.]",
+        "[9. 9. 9. 9.]",
+        "cuEventRecord: CUDA_ERROR_INVALID_HANDLE",
+    ]
+
+
+def test_working_memory_is_the_largest_that_was_asked_for(host_driver: HostDriver) -> None:
+    script = """
+print(device.scratch_address())
+for nbytes in (100, 5000, 300):
+    device.reserve_scratch(nbytes)
+address = device.scratch_address()
+print(address != 0, device.scratch_address() == address)
+device.reserve_scratch(5000)
+try:
+    device.reserve_scratch(5001)
+except DeviceError as error:
+    print(error)
+device.close()
+for call in (lambda: device.allocate(4), lambda: device.allocate_host(4), lambda: device.capture(print)):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    done = run(host_driver, script)
+    assert done.output.splitlines() == [
+        "0",
+        "True True",
+        "cuda:0: 5001 bytes of working memory asked for, and the graphs are bound to 5000; "
+        "all graphs of a session are loaded before the first one is bound",
+        *["the device cuda:0 is closed"] * 3,
+    ]
+    assert [call.arguments for call in done.named("cuMemAlloc")] == [("16",), ("5000",)]
+    assert len(done.named("cuMemFree")) == 1
+
+
+IMAGE_BLOCK = """
+block = device.allocate(1 << 20)
+images, target = device.array(block, 0, (2, 30, 20, 3), "uint8"), device.array(block, 8192, (2, 3, 16, 16), "float32")
+pixels = device.array(block, 65536, (2, 16, 16, 3), "uint8")
+print(device.stream, block.address)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "launch", "offsets", "parameters"),
+    [
+        (
+            "device.prepare_images(images, target)",
+            launch_prepare_images((2, 30, 20, 3), (2, 3, 16, 16), pillow=12),
+            (0, 8192),
+            (8, 4, 4, 4, 4, 8),
+        ),
+        (
+            "device.pixels_from_images(target, pixels)",
+            launch_pixels_from_images((2, 3, 16, 16)),
+            (8192, 65536),
+            (8, 4, 4, 8),
+        ),
+    ],
+    ids=["prepare", "pixels"],
+)
+def test_image_kernels_are_launched_on_the_stream(
+    host_driver: HostDriver, script: str, launch: Launch, offsets: tuple[int, int], parameters: tuple[int, ...]
+) -> None:
+    try:
+        compiler.check_available()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    done = host_driver.run(START + IMAGE_BLOCK + script, parameters=parameters)
+    stream, address = map(int, done.output.split())
+    (call,) = done.named("cuLaunchKernelEx")
+    assert launch.expression.partition("<")[0] in call.arguments[0]
+    assert tuple(map(int, call.arguments[1:9])) == (*launch.grid, *launch.block, 0, stream)
+    source, target = (address + offset for offset in offsets)
+    assert list(map(int, call.arguments[9].split())) == [source, *launch.scalars, target]
+
+
+def test_float_images_are_copied(host_driver: HostDriver) -> None:
+    done = run(
+        host_driver, IMAGE_BLOCK + "device.prepare_images(target, device.array(block, 0, (2, 3, 16, 16), 'float32'))"
+    )
+    assert [call.arguments for call in done.named("cuMemcpyAsync")] == [(str(2 * 3 * 16 * 16 * 4),)]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:", "cuda:-1", "CPU"])
+def test_names_of_no_device(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown device '{name}', expected cpu, or cuda:0"):
+        open_device(name)
+
+
+def test_the_host_is_a_device() -> None:
+    assert open_device("cpu").is_host
+
+
+def test_a_gpu_that_is_not_there(host_driver: HostDriver) -> None:
+    script = """
+from restyle_deploy.errors import BackendUnavailableError
+try:
+    open_device("cuda:1")
+except BackendUnavailableError as error:
+    print(error)
+"""
+    assert run(host_driver, script).output == "cuda:1: no such GPU, the driver has 1\n"
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "driver_version", lambda: None)
+    with pytest.raises(BackendUnavailableError, match="cuda:0: there is no NVIDIA driver on this machine"):
+        open_device("cuda:0")
+
+
+def test_missing_cuda_core_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(BackendUnavailableError, match=r"cuda-core.*pip install 'restyle-deploy\[cuda\]'"):
+        open_device("cuda:0")
