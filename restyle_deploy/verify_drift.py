@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from restyle_deploy.backends.base import EXACT_PRECISION
 from restyle_deploy.bundle import check_engine_files, check_graphs
 from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError, VerificationError
+from restyle_deploy.runtime.results import InversionResult
 from restyle_deploy.runtime.session import Session
-from restyle_deploy.tensors import BATCH
 from restyle_deploy.verify import (
     Exceeding,
     Parity,
@@ -197,27 +197,25 @@ def check_verification(verification: Verification, name: str) -> None:
 
 
 def take_step(session: Session, targets: Array, state: State) -> tuple[Array, Array, Array]:
-    """Return (images, latents, current) after one step of a session from a given state, finite or not.
+    """Return (images, latents, current) after one step of a session from a given state; NaN where it is not finite.
 
     Args:
-        session: open, on the CPU.
+        session: open.
         targets: [N, 3, h, w] float32.
         state: of as many images.
     """
-    graphs = session._graphs
-    if graphs is None:
-        raise ValueError("the session is closed")
-    specs = {spec.name: spec for graph in graphs.values() for spec in graph.record.inputs + graph.record.outputs}
-    buffers: dict[str, NDArray[Any]] = {
-        name: replace(spec, shape=(BATCH, *spec.shape[1:])).allocate(len(targets)) for name, spec in specs.items()
-    }
-    buffers |= {"target": targets, "current": state.current.copy(), "latent": state.latents}
-    for role in ("target", "encoder", "generator"):
-        if role == "generator":
-            buffers["latent"] = buffers["latent_out"]
-        for run in graphs[role].bind(buffers) if role in graphs else ():
-            run()
-    return buffers["image"], buffers["latent_out"], buffers["current"]
+    config = session.config
+    start = InversionResult(
+        images=np.empty((len(targets), 3, *config.image_shape), np.float32),  # only latents and current count
+        latents=state.latents,
+        current=state.current,
+    )
+    try:
+        result = session.invert(targets, steps=1, start=start)
+    except VerificationError:
+        return np.full_like(start.images, np.nan), np.full_like(state.latents, np.nan), np.full_like(targets, np.nan)
+    assert result.current is not None
+    return result.images, result.latents, result.current
 
 
 def _run_freely(session: Session, inputs: NDArray[np.uint8], steps: int) -> tuple[Array, Array, tuple[str, ...]]:

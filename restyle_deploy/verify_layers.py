@@ -21,6 +21,7 @@ from restyle_deploy.graph.layer_values import LayeredGraph, layer_of_node
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.verify import largest_difference
 from restyle_deploy.verify_reference import run_graph
+from restyle_deploy.workbench import Workbench
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -167,18 +168,15 @@ def run_on_backend(
         file: as for `Backend.load`.
         inputs: C-contiguous, by name; the batch is that of the first one.
         given, made: the border of the graph.
-        backend, options: what runs it, on the CPU.
+        backend, options: what runs it.
     Raises:
         BackendUnavailableError, BuildError: see `Backend.load`.
+        DeviceError: the GPU lacks memory, or fails.
     """
-    batch = len(next(iter(inputs.values())))
-    results = {spec.name: spec.allocate(batch) for spec in made}
-    runner = backend.load(file, given, made, options)
-    try:
-        runner.bind({**inputs, **results})()
-    finally:
-        runner.close()
-    return results
+    with Workbench(options) as workbench:
+        run = workbench.bind(workbench.load(backend, file, given, made), made, inputs)
+        run()
+        return {spec.name: run.result(spec.name) for spec in made}
 
 
 def _error_of(

@@ -68,7 +68,7 @@ def measure_configuration(
         RestyleDeployError: the session cannot be opened, or what it is compared with.
         ReportError: see `write_step_images`.
     """
-    targets = np.load(job.targets)
+    targets = np.load(job.targets, mmap_mode="r")  # so that the memory that is measured holds only what is read
     batch = _batch_of(targets, job.configuration.batch)
     with ExitStack() as stack:
         gpu = _open_monitor(stack, job.configuration.device)
@@ -159,7 +159,7 @@ def _check_parity(session: Session) -> Parity:
 def _open_contenders(session: Session, exact: Session | None, job: Job) -> Iterator[dict[str, Contender]]:
     """Yield all that is measured, by `MEASURED`, `EXACT` and `AGAINST`; the reference model is opened and checked."""
     contenders: dict[str, Contender] = {MEASURED: session}
-    if exact is not None:
+    if exact is not None and job.metrics is not None:  # without quality there is nothing to compare the gain with
         contenders[EXACT] = exact
     if job.against is None:
         yield contenders

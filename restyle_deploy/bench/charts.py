@@ -19,11 +19,11 @@ from restyle_deploy.bench.series import (
     Point,
     Series,
     Style,
+    absent_metrics,
     axis_label,
     direction_of,
     labels_of,
     measured_metrics,
-    missing_note,
     series_of,
     style_of,
     unsaid_words,
@@ -84,13 +84,14 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 def _quality_figure(report: Report) -> Figure:
     metrics, lines = measured_metrics(report), series_of(report)
+    absent = [metric.label for metric in absent_metrics(report)]
     panels = [partial(draw_panel, metric=metric, lines=lines) for metric in metrics]
     title = f"{report.bundle.name}: quality against latency, by number of steps"
     notes = [
         f"Point: median of {report.settings.repeats} calls, mean of {report.settings.image_count} images; bars: "
         "interquartile range, 95% bootstrap interval. Numbers: steps"
         + (", of the points that none beats in both." if len(lines) > 2 else "."),
-        missing_note(report),
+        f"Not measured (report.json says why): {', '.join(absent)}." if absent else None,
     ]
     return _compose(report, title, labels=[line.label for line in lines], panels=panels, notes=notes)
 
@@ -115,8 +116,8 @@ def _compose(
     """Return a figure of panels in rows, with one legend of the labels and the notes below."""
     from matplotlib.figure import Figure
 
-    columns = max(1, min(COLUMNS, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
+    rows = max(1, -(-len(panels) // COLUMNS))
+    columns = max(1, -(-len(panels) // rows))
     width = max(7.5, columns * PANEL_INCHES[0])
     notes = [*notes, f"{report.environment.cpu}, {report.created[:10]}"]
     text = "\n".join(fill(note, int(width * CHARACTERS_PER_INCH)) for note in notes if note)

@@ -15,7 +15,7 @@ from restyle_deploy.errors import ReportError
 RESAMPLES = 2000
 INTERVAL_PERCENT = (2.5, 97.5)
 # What figures depend on besides the software, whose versions are what one compares.
-SAME_MACHINE = ("platform", "cpu", "logical_cores", "usable_cores", "memory_bytes", "governor", "gpus")
+SAME_MACHINE = ("platform", "cpu", "logical_cores", "usable_cores", "governor", "gpus")
 SAME_BUNDLE = ("name", "domain", "output_size", "checkpoint_sha256")
 
 _Key = tuple[str, int]  # a configuration's name, and its step count

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from restyle_deploy.bench.figures import Aggregate, MetricFacts
 from restyle_deploy.bench.quality import bootstrap_interval
-from restyle_deploy.bench.report import ConfigurationResult, Decision, Report, Row
+from restyle_deploy.bench.report import Configuration, ConfigurationResult, Decision, Report, Row
+from restyle_deploy.bench.sweep import LEAST_GROWTH
+from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
+from restyle_deploy.runtime.deployment import Deployment
 
 # Quality is judged by the first of these that was measured, unless a minimum names another.
 JUDGED_BY = ("lpips", "ms_ssim", "ssim", "psnr_db", "mse")
@@ -22,11 +25,14 @@ class Candidate:
 
     Attributes:
         result, row: as the report has them.
+        judged: the row that has the quality: the same one, or that of another batch where this one's was not counted,
+            as in a sweep; the images of a batch do not change each other's result.
         quality: of the metric that judges.
     """
 
     result: ConfigurationResult
     row: Row
+    judged: Row
     quality: Aggregate
 
     @property
@@ -43,8 +49,10 @@ class Candidate:
 def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, float]) -> Decision:
     """Choose among all rows that were measured.
 
-    A budget limits the 95th percentile of a call. Among what meets budget and minimums, the best quality wins where a
-    budget was given, and the least latency where none was; of two whose difference the images do not tell, the faster.
+    A budget limits the 95th percentile of a call. Where there is one, the best quality wins among what meets budget and
+    minimums; of rows whose difference the images do not tell, the throughput (within `LEAST_GROWTH` of the highest), and
+    of those the latency: larger batches are taken as far as they bring something. With minimums alone the least latency
+    wins; without either, the best quality, and of rows that the images do not tell apart the least latency.
 
     Args:
         report: its own `decision` is not read.
@@ -57,13 +65,17 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
     candidates = list(_candidates(report, metric))
     pareto = tuple(candidate.key for candidate in pareto_front(candidates, metric))
     fitting = [each for each in candidates if budget_ms is None or each.p95_ms <= budget_ms]
-    good = [each for each in fitting if _meets(each.row, minimums, report.metrics)]
+    good = [each for each in fitting if _meets(each.judged, minimums, report.metrics)]
     wanted = _describe_wish(budget_ms, minimums, report.metrics)
     if not good:
         reason = f"nothing meets {wanted}: {_nearest(candidates, fitting, budget_ms)}"
         chosen = None
     else:
-        chosen = _choose(good, metric, by_quality=budget_ms is not None or not minimums)
+        if budget_ms is not None or not minimums:
+            good = _best_by_quality(good, metric)
+        if budget_ms is not None:
+            good = _best_by_throughput(good)
+        chosen = min(good, key=lambda each: (each.p95_ms, each.row.steps))
         reason = _describe_choice(chosen, metric, wanted, len(candidates))
     return Decision(
         configuration=chosen.key[0] if chosen else None,
@@ -72,6 +84,25 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
         minimums=dict(minimums),
         reason=reason,
         pareto=pareto,
+    )
+
+
+def deployment_of(report: Report, bundle: Bundle) -> Deployment:
+    """Return what `Session.open` is told to run the configuration that was chosen; `report.decision` has one."""
+    assert report.decision is not None
+    assert report.decision.steps is not None
+    results = {result.configuration.name: result.configuration for result in report.configurations}
+    chosen = results[str(report.decision.configuration)]
+    return Deployment(
+        bundle=bundle.path,
+        backend=chosen.backend,
+        device=chosen.device,
+        precision=chosen.precision,
+        plain=chosen.plan == "plain",
+        preview_steps=chosen.preview_steps,
+        threads=chosen.threads,
+        max_batch=chosen.batch,
+        steps=report.decision.steps,
     )
 
 
@@ -111,11 +142,19 @@ def judging_metric(metrics: Sequence[MetricFacts], minimums: Mapping[str, float]
 
 
 def _candidates(report: Report, metric: MetricFacts) -> Iterator[Candidate]:
-    for result in report.configurations:
-        for row in result.rows if result.status == "ok" else ():
-            quality = row.quality.get(metric.name)
-            if quality is not None and quality.mean is not None:
-                yield Candidate(result=result, row=row, quality=quality)
+    rows = [(result, row) for result in report.configurations if result.status == "ok" for row in result.rows]
+    judged: dict[tuple[Configuration, int], Row] = {}
+    for result, row in rows:
+        if metric.name in row.quality:
+            judged.setdefault(_whatever_batch(result, row), row)
+    for result, row in rows:
+        other = row if metric.name in row.quality else judged.get(_whatever_batch(result, row))
+        if other is not None and other.quality[metric.name].mean is not None:
+            yield Candidate(result=result, row=row, judged=other, quality=other.quality[metric.name])
+
+
+def _whatever_batch(result: ConfigurationResult, row: Row) -> tuple[Configuration, int]:
+    return replace(result.configuration, batch=1), row.steps
 
 
 def _meets(row: Row, minimums: Mapping[str, float], metrics: Sequence[MetricFacts]) -> bool:
@@ -127,12 +166,15 @@ def _meets(row: Row, minimums: Mapping[str, float], metrics: Sequence[MetricFact
     return True
 
 
-def _choose(good: Sequence[Candidate], metric: MetricFacts, *, by_quality: bool) -> Candidate:
-    """Return the fastest; with `by_quality`, of those whose quality cannot be told from the best one's."""
-    if by_quality:
-        best = (max if metric.higher_is_better else min)(good, key=lambda each: each.quality.mean or 0.0)
-        good = [each for each in good if not _is_worse(each, best, metric)]
-    return min(good, key=lambda each: (each.p95_ms, each.row.steps))
+def _best_by_quality(good: Sequence[Candidate], metric: MetricFacts) -> list[Candidate]:
+    """Return those whose quality cannot be told from the best one's."""
+    best = (max if metric.higher_is_better else min)(good, key=lambda each: each.quality.mean or 0.0)
+    return [each for each in good if not _is_worse(each, best, metric)]
+
+
+def _best_by_throughput(good: Sequence[Candidate]) -> list[Candidate]:
+    best = max(each.row.throughput for each in good)
+    return [each for each in good if each.row.throughput * (1 + LEAST_GROWTH) >= best]
 
 
 def _is_worse(each: Candidate, best: Candidate, metric: MetricFacts) -> bool:
@@ -140,7 +182,7 @@ def _is_worse(each: Candidate, best: Candidate, metric: MetricFacts) -> bool:
 
     Of a single image there is no interval: any difference counts.
     """
-    pairs = zip(each.row.per_image[metric.name], best.row.per_image[metric.name], strict=True)
+    pairs = zip(each.judged.per_image[metric.name], best.judged.per_image[metric.name], strict=True)
     sign = 1 if metric.higher_is_better else -1
     losses = np.array([sign * (better - own) for own, better in pairs if own is not None and better is not None])
     low, _ = bootstrap_interval(losses)
@@ -159,9 +201,10 @@ def _describe_wish(budget_ms: float | None, minimums: Mapping[str, float], metri
 def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count: int) -> str:
     name, steps = chosen.key
     quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
+    doubt = "; its latency is unstable: measure again" if chosen.row.latency.unstable else ""
     return (
         f"{name} with {steps} step{'s' if steps > 1 else ''}: p95 {chosen.p95_ms:.3g} ms, "
-        f"{chosen.row.throughput:.3g} images/s, {quality}; chosen of {count} rows for {wanted}"
+        f"{chosen.row.throughput:.3g} images/s, {quality}; chosen of {count} rows for {wanted}{doubt}"
     )
 
 

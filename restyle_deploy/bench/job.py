@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -73,17 +74,15 @@ def read_job(path: Path) -> Job:
     return job
 
 
-def key_of(job: Job, *, manifest: bytes, targets: bytes) -> str:
+def key_of(job: Job, surroundings: Mapping[str, object]) -> str:
     """Return the hash of all that a job's results depend on, so that `--resume` takes no other benchmark's.
 
     Args:
         job: where its files lie does not matter.
-        manifest: the bundle's, which has the hashes of graphs and engines.
-        targets: bytes of the images.
+        surroundings: what it does not hold itself, as JSON: what is in those files, and the machine.
     """
     facts = asdict(replace(job, bundle="", targets="", output="", files=()))
-    content = json.dumps([JOB_VERSION, facts], sort_keys=True).encode()
-    return hashlib.sha256(content + hashlib.sha256(manifest).digest() + hashlib.sha256(targets).digest()).hexdigest()
+    return hashlib.sha256(json.dumps([JOB_VERSION, facts, surroundings], sort_keys=True).encode()).hexdigest()
 
 
 def plain_metric_options(options: MetricOptions) -> dict[str, object]:

@@ -11,7 +11,7 @@ from restyle_deploy.backends import BACKENDS, default_device, load_backend
 from restyle_deploy.backends.base import EXACT_PRECISION
 from restyle_deploy.bench.report import Configuration
 from restyle_deploy.bundle import Bundle, find_engine
-from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.errors import BackendUnavailableError, BundleError
 
 ALL = "all"
 Plan = Literal["engine", "plain"]
@@ -22,7 +22,7 @@ class MatrixOptions:
     """What is combined; every configuration of the product is measured.
 
     Attributes:
-        backends: rows of `BACKENDS`, or `all` alone: those whose library is installed and has a device here.
+        backends: rows of `BACKENDS`; `all` among them stands for those whose library is installed and has a device here.
         device: None for each backend's default one.
         precisions: see `backends.base.PRECISIONS`.
         plans: None takes the engine where the bundle has one for the backend, the device and the precision, and the
@@ -72,7 +72,7 @@ def configurations_of(bundle: Bundle, options: MatrixOptions) -> tuple[Configura
 
 
 def _backends(names: Sequence[str]) -> tuple[str, ...]:
-    if tuple(names) != (ALL,):
+    if ALL not in names:
         return tuple(dict.fromkeys(names))
     here = tuple(name for name in BACKENDS if _has_device(name))
     if not here:
@@ -85,7 +85,12 @@ def _has_device(name: str) -> bool:
         return default_device(name) in load_backend(name).devices()
     except BackendUnavailableError:
         return False
+    except ImportError:  # installed, but broken: its row says so
+        return True
 
 
 def _usual_plan(bundle: Bundle, backend: str, device: str, precision: str) -> Plan:
-    return "engine" if find_engine(bundle, backend=backend, device=device, precision=precision) else "plain"
+    try:
+        return "engine" if find_engine(bundle, backend=backend, device=device, precision=precision) else "plain"
+    except BundleError:  # a damaged engine: its row says so
+        return "engine"

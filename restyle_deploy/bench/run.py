@@ -8,22 +8,26 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from restyle_deploy.bench.charts import draw_charts
-from restyle_deploy.bench.decision import decide
+from restyle_deploy.bench.cell import USUAL_WARMUP
+from restyle_deploy.bench.charts import LOAD_CHART_NAME, draw_charts
+from restyle_deploy.bench.decision import decide, deployment_of
 from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.libraries import REFERENCES, require_bench_libraries, require_reference_libraries
 from restyle_deploy.bench.markdown import markdown_from_report
-from restyle_deploy.bench.page import write_page
-from restyle_deploy.bench.report import BundleFacts, Configuration, Part, Report, Settings, write_report
+from restyle_deploy.bench.page import PAGE_NAME, write_page
+from restyle_deploy.bench.metrics import METRICS
+from restyle_deploy.bench.report import BundleFacts, Configuration, Decision, Part, Report, Settings, write_report
 from restyle_deploy.bench.schedule import CELLS_FOLDER, BenchOptions, Images, Jobs, measure_all
-from restyle_deploy.bench.strips import draw_strips
+from restyle_deploy.bench.strips import STRIPS_FOLDER, draw_strips
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
 from restyle_deploy.files import replace_when_complete
+from restyle_deploy.runtime.deployment import write_deployment
 
 REPORT_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+DEPLOYMENT_NAME = "deploy.toml"
 
 
 class BenchInterruptedError(ReportError):
@@ -53,7 +57,7 @@ def run_bench(
     Returns:
         The report. A configuration that failed or was skipped is in it, with the reason.
     Raises:
-        ValueError: no images, configurations or step counts, or unusable ones.
+        ValueError: no images, configurations or step counts, or unusable ones; or a metric that there is not.
         ReportError: `output` cannot be written; or no configuration could be measured: the message has the reasons.
         BenchInterruptedError: Ctrl-C; finished configurations are kept, and reported on if there is one.
         BackendUnavailableError: the `bench` extra is not installed, or what `against` needs.
@@ -63,7 +67,7 @@ def run_bench(
     prepare_folder(output / CELLS_FOLDER)
     environment, created = describe_environment(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="restyle-deploy-") as folder:
-        jobs = Jobs(bundle, images, output, options, files=files, folder=Path(folder))
+        jobs = Jobs(bundle, images, output, options, environment=environment, files=files, folder=Path(folder))
         parts, interrupted = measure_all(jobs, configurations, options, progress)
     report = Report(
         created=created,
@@ -73,19 +77,30 @@ def run_bench(
         metrics=_metrics_of(parts),
         configurations=tuple(part.result for part in parts),
     )
-    if interrupted or not any(part.result.status == "ok" for part in parts):
-        return _end_early(report, output, interrupted)
-    return finish_report(report, output, options)
+    done = [part for part in parts if part.result.status == "ok"]
+    if done:
+        report = finish_report(report, bundle, output, options)
+    if interrupted:
+        raise BenchInterruptedError(
+            f"interrupted: {len(done)} of {len(parts)} configurations are measured and kept in {output}; "
+            "go on with the same command and --resume"
+        )
+    if not done:
+        reasons = "; ".join(f"{result.configuration.name}: {result.reason}" for result in report.configurations)
+        raise ReportError(f"nothing could be measured: {reasons}")
+    return report
 
 
-def finish_report(report: Report, output: Path, options: BenchOptions) -> Report:
-    """Add the decision, if one can be made, and write report.json and all that is drawn from it."""
-    if any(metric.missing is None for metric in report.metrics):
-        report = replace(report, decision=decide(report, budget_ms=options.budget_ms, minimums=options.minimums))
+def finish_report(report: Report, bundle: Bundle, output: Path, options: BenchOptions) -> Report:
+    """Add the decision and write report.json and all that follows from it; at least one configuration was measured."""
+    report = replace(report, decision=_decision_of(report, options))
     path = output / REPORT_NAME
     write_report(report, path)
+    _remove_former(output)
+    if report.decision is not None and report.decision.configuration is not None:
+        write_deployment(output / DEPLOYMENT_NAME, deployment_of(report, bundle))
     draw_charts(path, output)
-    write_page(path, output)
+    write_page(path, output / PAGE_NAME)
     with replace_when_complete(output / MARKDOWN_NAME) as temporary:
         temporary.write_text(markdown_from_report(report), encoding="utf-8")
     measured = next(result for result in report.configurations if result.status == "ok")
@@ -107,18 +122,29 @@ def prepare_folder(output: Path) -> None:
         raise ReportError(f"{output}: no folder that can be written to: {error.strerror}") from error
 
 
-def _end_early(report: Report, output: Path, interrupted: bool) -> Report:
-    """Write what there is and raise."""
-    done = [result for result in report.configurations if result.status == "ok"]
-    if done:
-        write_report(report, output / REPORT_NAME)
-    if interrupted:
-        raise BenchInterruptedError(
-            f"interrupted: {len(done)} of {len(report.configurations)} configurations are measured and kept in "
-            f"{output}; go on with the same command and --resume"
+def _remove_former(output: Path) -> None:
+    """Remove what this run may not replace, since it would be taken for this one's: a choice, load charts, strips."""
+    former = [output / DEPLOYMENT_NAME, *(output / STRIPS_FOLDER).glob("*.png")]
+    former += [output / f"{LOAD_CHART_NAME}.{suffix}" for suffix in ("png", "svg")]
+    for path in former:
+        path.unlink(missing_ok=True)
+
+
+def _decision_of(report: Report, options: BenchOptions) -> Decision | None:
+    """Return what was decided, or why nothing could be; None where nothing was asked for and no quality measured."""
+    try:
+        return decide(report, budget_ms=options.budget_ms, minimums=options.minimums)
+    except ReportError as error:
+        if options.budget_ms is None and not options.minimums:
+            return None
+        return Decision(
+            configuration=None,
+            steps=None,
+            budget_ms=options.budget_ms,
+            minimums=dict(options.minimums),
+            reason=f"nothing was chosen: {error}",
+            pareto=(),
         )
-    reasons = "; ".join(f"{result.configuration.name}: {result.reason}" for result in report.configurations)
-    raise ReportError(f"nothing could be measured: {reasons}")
 
 
 def _check(images: Images, configurations: Sequence[Configuration], options: BenchOptions) -> None:
@@ -132,16 +158,31 @@ def _check(images: Images, configurations: Sequence[Configuration], options: Ben
     unusable = sorted({name for name in names if Path(f"{name}.png").stem != name or names.count(name) > 1})
     if unusable:
         raise ValueError(f"image names that are not unique file names: {', '.join(map(repr, unusable))}")
+    check_metrics(options)
     if options.against is not None:
         if options.against not in REFERENCES:
             raise ValueError(f"against is {options.against!r}, expected one of {', '.join(REFERENCES)}")
         require_reference_libraries()
 
 
+def check_metrics(options: BenchOptions) -> None:
+    """Raise `ValueError` for metrics that there are not, and for a minimum of one that is not to be measured."""
+    known = [metric.name for metric in METRICS]
+    asked = options.metrics.names
+    unknown = [name for name in (*(asked or ()), *options.minimums) if name not in known]
+    if unknown:
+        raise ValueError(f"no metric {', '.join(unknown)}; there are {', '.join(known)}")
+    left_out = [name for name in options.minimums if asked is not None and name not in asked]
+    if left_out:
+        raise ValueError(
+            f"a minimum of {', '.join(left_out)}, which is not among the metrics: {', '.join(asked or ())}"
+        )
+
+
 def _settings(images: Images, options: BenchOptions) -> Settings:
     return Settings(
         steps=tuple(sorted(options.steps)),
-        warmup=options.warmup or 0,
+        warmup=USUAL_WARMUP.least_calls if options.warmup is None else options.warmup,
         repeats=options.repeats,
         image_count=len(images),
         image_names=tuple(name for name, _ in images),
@@ -150,8 +191,12 @@ def _settings(images: Images, options: BenchOptions) -> Settings:
 
 
 def _metrics_of(parts: Sequence[Part]) -> tuple[MetricFacts, ...]:
-    """Return the metrics of the first configuration that was measured: all had the same options."""
-    return next((part.metrics for part in parts if part.metrics), ())
+    """Return the metrics, which are the same of all parts; measured ones where a former run's part lacks their files."""
+    found: dict[str, MetricFacts] = {}
+    for metric in (metric for part in parts for metric in part.metrics):
+        if metric.name not in found or found[metric.name].missing is not None:
+            found[metric.name] = metric
+    return tuple(found.values())
 
 
 def _facts_of_bundle(bundle: Bundle) -> BundleFacts:

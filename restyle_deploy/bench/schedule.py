@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.bench.environment import Environment
 from restyle_deploy.bench.job import Job, key_of, plain_metric_options
 from restyle_deploy.bench.metrics import MetricOptions
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Part, read_part
+from restyle_deploy.bench.strips import IMAGES_FOLDER
 from restyle_deploy.bench.sweep import BatchPoint, next_batch
 from restyle_deploy.bench.worker import run_job, skipped_part
-from restyle_deploy.bundle import MANIFEST, Bundle
-from restyle_deploy.errors import ReportError
+from restyle_deploy.bundle import MANIFEST, Bundle, find_engine
+from restyle_deploy.engines import build_command
+from restyle_deploy.errors import BundleError, ReportError
+from restyle_deploy.files import sha256_of_file
 from restyle_deploy.runtime.images import normalize_images, resize_image
 
 CELLS_FOLDER = "cells"
@@ -70,15 +76,22 @@ class Jobs:
         output: Path,
         options: BenchOptions,
         *,
+        environment: Environment,
         files: Sequence[Path],
         folder: Path,
     ) -> None:
+        """Write the images, of the encoder's size, into `folder`; the other arguments are those of `run_bench`."""
         self._bundle, self._output, self._options = bundle, output, options
         self._names, self._files = tuple(name for name, _ in images), tuple(str(file.resolve()) for file in files)
         targets = normalize_images(np.stack([resize_image(image, bundle.config.input_shape) for _, image in images]))
         self._targets = folder / "targets.npy"
         np.save(self._targets, targets)
-        self._content = targets.tobytes()
+        self._surroundings = {
+            "manifest": hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
+            "targets": hashlib.sha256(targets).hexdigest(),
+            "files": _hashes_of(options.metrics),
+            "environment": asdict(replace(environment, load_average=None)),
+        }
 
     def create(self, configuration: Configuration, *, is_swept: bool = False) -> tuple[Job, str]:
         """Return a configuration's job and key; a sweep's has the largest step count alone, and counts no quality."""
@@ -100,8 +113,19 @@ class Jobs:
             load_shares=() if is_swept else options.load_shares,
             load_seconds=options.load_seconds,
         )
-        manifest = (self._bundle.path / MANIFEST).read_bytes()
-        return job, key_of(job, manifest=manifest, targets=self._content)
+        return job, key_of(job, self._surroundings)
+
+    def why_not(self, configuration: Configuration) -> str | None:
+        """Return why a configuration does not exist: a session would run the exported graphs, which are another."""
+        if configuration.plan == "plain":
+            return None
+        key = {name: getattr(configuration, name) for name in ("backend", "device", "precision")}
+        try:
+            if find_engine(self._bundle, **key):
+                return None
+        except BundleError as error:
+            return str(error)
+        return f"the bundle has no engine for it; run: {build_command(self._bundle.path, **key)}"
 
 
 def measure_all(
@@ -119,12 +143,14 @@ def measure_all(
         left = None if options.time_budget_s is None else options.time_budget_s - (time.monotonic() - began)
         if interrupted:
             parts.append(skipped_part(job, key, "the bench was interrupted before"))
-            continue
-        try:
-            parts.append(_measure_one(job, key, options, left, progress))
-        except KeyboardInterrupt:
-            interrupted = True
-            parts.append(skipped_part(job, key, "the bench was interrupted while it was measured"))
+        elif reason := jobs.why_not(configuration):
+            parts.append(skipped_part(job, key, reason))
+        else:
+            try:
+                parts.append(_measure_one(job, key, options, left, progress))
+            except KeyboardInterrupt:
+                interrupted = True
+                parts.append(skipped_part(job, key, "the bench was interrupted while it was measured"))
     return parts, interrupted
 
 
@@ -160,6 +186,8 @@ def _measure_one(
         return found
     if left is not None and left <= 0:
         return skipped_part(job, key, f"the time budget of {options.time_budget_s:g} s was spent")
+    # Pictures of other images or steps, of a former run, would be taken for this one's.
+    shutil.rmtree(Path(job.output) / IMAGES_FOLDER / name, ignore_errors=True)
     return run_job(
         job,
         key,
@@ -177,3 +205,8 @@ def _finished(place: Path, key: str) -> Part | None:
     except ReportError:
         return None
     return part if part.key == key and part.result.status == "ok" else None
+
+
+def _hashes_of(metrics: MetricOptions) -> list[str]:
+    files = (metrics.lpips_backbone, metrics.identity_model)
+    return [sha256_of_file(file) for file in files if file is not None and file.is_file()]

@@ -118,13 +118,16 @@ def measured_metrics(report: Report) -> list[MetricFacts]:
     return [metric for metric in report.metrics if metric.missing is None and metric.name in with_figures]
 
 
+def absent_metrics(report: Report) -> list[MetricFacts]:
+    """Return the metrics that `measured_metrics` leaves out."""
+    measured = measured_metrics(report)
+    return [metric for metric in report.metrics if metric not in measured]
+
+
 def missing_note(report: Report) -> str | None:
-    """Return a sentence that names the metrics without figures, or `None` if all have them."""
-    shown = {metric.name for metric in measured_metrics(report)}
-    absent = [metric for metric in report.metrics if metric.name not in shown]
-    if not absent:
-        return None
-    return "Not shown: " + "; ".join(f"{item.label} ({item.missing or 'no finite value'})" for item in absent) + "."
+    """Return a sentence that names the metrics without figures and why, or `None` if all have them."""
+    absent = [f"{metric.label} ({metric.missing or 'no finite value'})" for metric in absent_metrics(report)]
+    return f"Not shown: {'; '.join(absent)}." if absent else None
 
 
 def axis_label(metric: MetricFacts) -> str:

@@ -31,7 +31,7 @@ def run_job(
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Part:
-    """Measure a configuration in a process of its own and return its part, which is kept unless it failed.
+    """Measure a configuration in a process of its own and return its part, which is kept as a file.
 
     Args:
         job: what to measure.
@@ -42,6 +42,8 @@ def run_job(
         progress: told the refinement steps done and their total.
     Returns:
         The part; one that says why where the process died, failed or took too long.
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the process is ended.
     """
     job_file = part.with_suffix(".job")
     write_job(job, job_file)
@@ -70,7 +72,7 @@ def run_job(
             if timer:
                 timer.cancel()
             process.kill()
-    job_file.unlink(missing_ok=True)
+            job_file.unlink(missing_ok=True)
     if late:
         return _failed(job, key, "the time budget ran out while it was measured", status="skipped")
     try:

@@ -279,5 +279,6 @@
     drawnWidth = plot.clientWidth;
     draw();
   };
+  drawAtNewWidth();
   new ResizeObserver(() => requestAnimationFrame(drawAtNewWidth)).observe(plot);
 })();
