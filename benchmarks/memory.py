@@ -1,10 +1,12 @@
-"""Memory that a process takes, as Linux counts it, and what a model needs at least."""
+"""Memory that a process takes, in MiB, and what a model needs at least."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+
+from restyle_deploy.bench.memory import read_status_bytes
 
 FLOAT32_BYTES = 4
 
@@ -24,19 +26,8 @@ class ModelMemory:
 
 
 def read_status_mib(field: str) -> float:
-    """Return a field of /proc/self/status, such as VmHWM (the peak) or VmRSS, in MiB; 0 where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
-    values = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return next((int(value) / 1024 for value in values), 0.0)
-
-
-def reset_peak() -> None:
-    """Let VmHWM start anew from what is resident now; does nothing where the kernel does not offer it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
+    """Return a field of Linux's status file, such as VmHWM (the peak) or VmRSS, in MiB; 0 where there is none."""
+    return (read_status_bytes(field) or 0) / 2**20
 
 
 def memory_of_graphs(*graphs: Path) -> ModelMemory:

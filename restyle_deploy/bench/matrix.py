@@ -22,7 +22,7 @@ class MatrixOptions:
     """What is combined; every configuration of the product is measured.
 
     Attributes:
-        backends: rows of `BACKENDS`; `all` among them stands for those whose library is installed and has a device here.
+        backends: rows of `BACKENDS`; `all` stands for those whose library is installed and has a device here.
         device: None for each backend's default one.
         precisions: see `backends.base.PRECISIONS`.
         plans: None takes the engine where the bundle has one for the backend, the device and the precision, and the

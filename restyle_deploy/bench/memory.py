@@ -60,11 +60,9 @@ class MemoryWatch:
 
 def read_peak_bytes(folder: Path = PROCESS_FOLDER) -> int:
     """Return the most memory that was resident: since `reset_peak` on Linux, since the process began elsewhere."""
-    status = folder / "status"
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = read_status_bytes("VmHWM", folder)
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         import psutil
 
@@ -73,6 +71,13 @@ def read_peak_bytes(folder: Path = PROCESS_FOLDER) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_status_bytes(name: str, folder: Path = PROCESS_FOLDER) -> int | None:
+    """Return a field of Linux's status file, such as VmHWM (the peak) or VmRSS (resident now); None elsewhere."""
+    status = folder / "status"
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def reset_peak(folder: Path = PROCESS_FOLDER) -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+
 from restyle_deploy.bench.cell import USUAL_WARMUP
 from restyle_deploy.bench.charts import LOAD_CHART_NAME, draw_charts
 from restyle_deploy.bench.decision import decide, deployment_of
@@ -15,8 +17,8 @@ from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.libraries import REFERENCES, require_bench_libraries, require_reference_libraries
 from restyle_deploy.bench.markdown import markdown_from_report
-from restyle_deploy.bench.page import PAGE_NAME, write_page
 from restyle_deploy.bench.metrics import METRICS
+from restyle_deploy.bench.page import PAGE_NAME, write_page
 from restyle_deploy.bench.report import BundleFacts, Configuration, Decision, Part, Report, Settings, write_report
 from restyle_deploy.bench.schedule import CELLS_FOLDER, BenchOptions, Images, Jobs, measure_all
 from restyle_deploy.bench.strips import STRIPS_FOLDER, draw_strips
@@ -158,20 +160,23 @@ def _check(images: Images, configurations: Sequence[Configuration], options: Ben
     unusable = sorted({name for name in names if Path(f"{name}.png").stem != name or names.count(name) > 1})
     if unusable:
         raise ValueError(f"image names that are not unique file names: {', '.join(map(repr, unusable))}")
-    check_metrics(options)
+    _check_limits(options)
     if options.against is not None:
         if options.against not in REFERENCES:
             raise ValueError(f"against is {options.against!r}, expected one of {', '.join(REFERENCES)}")
         require_reference_libraries()
 
 
-def check_metrics(options: BenchOptions) -> None:
-    """Raise `ValueError` for metrics that there are not, and for a minimum of one that is not to be measured."""
+def _check_limits(options: BenchOptions) -> None:
+    """Raise `ValueError` for metrics that there are not, a minimum of one that is not to be measured, or no number."""
     known = [metric.name for metric in METRICS]
     asked = options.metrics.names
     unknown = [name for name in (*(asked or ()), *options.minimums) if name not in known]
     if unknown:
         raise ValueError(f"no metric {', '.join(unknown)}; there are {', '.join(known)}")
+    limits = [*options.minimums.values(), *([] if options.budget_ms is None else [options.budget_ms])]
+    if not np.isfinite(limits).all():
+        raise ValueError(f"a limit is no finite number: {limits}")
     left_out = [name for name in options.minimums if asked is not None and name not in asked]
     if left_out:
         raise ValueError(
@@ -191,7 +196,7 @@ def _settings(images: Images, options: BenchOptions) -> Settings:
 
 
 def _metrics_of(parts: Sequence[Part]) -> tuple[MetricFacts, ...]:
-    """Return the metrics, which are the same of all parts; measured ones where a former run's part lacks their files."""
+    """Return the metrics of all parts, measured ones first: a former run's part may lack a file that is there now."""
     found: dict[str, MetricFacts] = {}
     for metric in (metric for part in parts for metric in part.metrics):
         if metric.name not in found or found[metric.name].missing is not None:

@@ -88,7 +88,7 @@ class Jobs:
         np.save(self._targets, targets)
         self._surroundings = {
             "manifest": hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
-            "targets": hashlib.sha256(targets).hexdigest(),
+            "targets": hashlib.sha256(targets.data).hexdigest(),
             "files": _hashes_of(options.metrics),
             "environment": asdict(replace(environment, load_average=None)),
         }
@@ -123,8 +123,8 @@ class Jobs:
         try:
             if find_engine(self._bundle, **key):
                 return None
-        except BundleError as error:
-            return str(error)
+        except BundleError:  # a damaged one: its process says so
+            return None
         return f"the bundle has no engine for it; run: {build_command(self._bundle.path, **key)}"
 
 

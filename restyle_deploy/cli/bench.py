@@ -47,7 +47,7 @@ DEFAULT_STEPS = "1,2,3,5,10"
 @click.option(
     "--strips", "picture_count", type=click.IntRange(min=0), default=8, show_default=True, help="Image strips."
 )
-@click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), help="Choose within this p95 of a call.")
+@click.option("--budget-ms", type=click.FloatRange(0, 1e9, min_open=True), help="Choose within this p95 of a call.")
 @click.option(
     "--min-quality",
     "minimums",
@@ -68,7 +68,8 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
 
     Approximate configurations are measured together with the exact session, and compared with it. --against torch
     rebuilds the reference model from BUNDLE (needs the extra `export`). A configuration that fails has a row that says
-    why; the exit status is 1 then.
+    why; the exit status is 1 then, and where nothing meets --budget-ms and --min-quality. After Ctrl-C, --resume goes
+    on with what is not measured yet.
 
     \b
     Examples:
@@ -91,11 +92,11 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
         click.echo(f"Error: {failure}", err=True)
     if not loaded:
         raise ImageError("no image could be read; nothing was measured")
-    readable = [each.path for each in inputs if each.stem in dict(loaded)]
+    stems = {stem for stem, _ in loaded}
+    readable = [each.path for each in inputs if each.stem in stems]
+    options = _options_of(choices)
     with _Bars() as bars:
-        report = run_bench(
-            opened, loaded, output, configurations, _options_of(choices), files=readable, progress=bars.show
-        )
+        report = run_bench(opened, loaded, output, configurations, options, files=readable, progress=bars.show)
     if as_json:
         click.echo((output / REPORT_NAME).read_text(encoding="utf-8"), nl=False)
     else:
@@ -103,8 +104,10 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
         if report.decision is not None:
             click.echo(f"\n{report.decision.reason}")
         click.echo(f"\nreport, page, charts and strips: {output}")
-    failed = [result for result in report.configurations if result.status == "failed"]
-    context.exit(1 if failed or failures else 0)
+    is_any_failed = bool(failures) or any(result.status == "failed" for result in report.configurations)
+    has_limits = options.budget_ms is not None or bool(options.minimums)
+    is_none_chosen = report.decision is None or report.decision.configuration is None
+    context.exit(1 if is_any_failed or (has_limits and is_none_chosen) else 0)
 
 
 def _matrix_of(choices: dict[str, Any]) -> "MatrixOptions":
@@ -121,10 +124,12 @@ def _options_of(choices: dict[str, Any]) -> "BenchOptions":
     from restyle_deploy.bench.metrics import MetricOptions
     from restyle_deploy.bench.schedule import BenchOptions
 
-    names = choices.pop("metric_names")
+    names, minimums = choices.pop("metric_names"), choices["minimums"]
+    left_out = [name for name in minimums if names is not None and name not in names]
+    if left_out:
+        raise click.UsageError(f"--min-quality of {', '.join(left_out)}, which is not among --metrics")
     files = {name: choices.pop(name) for name in list(choices) if name.startswith(("identity_", "lpips_"))}
-    metrics = MetricOptions(names=tuple(names.split(",")) if names else None, **files)
-    return BenchOptions(metrics=metrics, **choices)
+    return BenchOptions(metrics=MetricOptions(names=names, **files), **choices)
 
 
 class _Bars:

@@ -1,5 +1,6 @@
 """Options of `restyle-deploy bench`: what is measured, and what quality is counted by."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,15 @@ def _parse_names(known: tuple[str, ...]) -> Callback:
     return parse
 
 
+def parse_metrics(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the names of metrics in a list such as psnr_db,ssim."""
+    if value is None:
+        return None
+    names = tuple(value.split(","))
+    _check_metrics(names)
+    return names
+
+
 def parse_minimums(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
     """Return the limits in texts such as psnr_db=20, by metric."""
     found = {}
@@ -48,10 +58,21 @@ def parse_minimums(context: click.Context, parameter: click.Parameter, values: t
         try:
             found[name] = float(number)
         except ValueError:
-            equals = ""
-        if not equals:
+            found[name] = math.nan
+        if not equals or not math.isfinite(found[name]):
             raise click.BadParameter(f"{value!r} is no metric=value such as psnr_db=20")
+    if found:
+        _check_metrics(tuple(found))
     return found
+
+
+def _check_metrics(names: tuple[str, ...]) -> None:
+    from restyle_deploy.bench.metrics import METRICS
+
+    known = [metric.name for metric in METRICS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise click.BadParameter(f"no metric {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
 
 
 def parse_seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -122,7 +143,11 @@ def metric_options(command: Callable[..., Any]) -> Callable[..., Any]:
     triple = click.Tuple([float, float, float])
     options = [
         click.option(
-            "--metrics", "metric_names", help="A list, such as psnr_db,lpips.", show_default="all that can run"
+            "--metrics",
+            "metric_names",
+            callback=parse_metrics,
+            help="A list, such as psnr_db,lpips.",
+            show_default="all that can run",
         ),
         click.option("--lpips-backbone", type=file, help="AlexNet weights of LPIPS; never downloaded."),
         click.option("--identity-model", type=file, help="ONNX face embedding, for the identity similarity."),

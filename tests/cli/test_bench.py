@@ -1,54 +1,164 @@
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from restyle_deploy.bench.report import read_report
 from restyle_deploy.runtime.session import Session
+from tests.bench.made_up import FakeProcesses, failed_part
 from tests.cli.conftest import Run
-from tests.pictures import write_bad_files
+from tests.pictures import picture, write_bad_files
 
-QUICK = ("--warmup", 0, "--repeats", 2, "--threads", 1)
-
-
-def files_in(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+PROGRAM = "from restyle_deploy.cli.main import main; main()"
+QUICK = ("--warmup", 0, "--repeats", 2, "--threads", 1, "--metrics", "mse,psnr_db,ssim")
 
 
-def test_report_charts_and_strips_are_written(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> FakeProcesses:
+    """Stands for the processes that measure."""
+    fake = FakeProcesses()
+    monkeypatch.setattr("restyle_deploy.bench.schedule.run_job", fake.run_job)
+    return fake
+
+
+def test_what_is_measured_and_chosen_can_be_opened(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = run("bench", toy_bundle, photos, "-o", output, "--steps", "1,2,3", *QUICK)
-    assert result.exit_code == 0
-    assert result.stderr == ""
-    table, _, place = result.stdout.rpartition("\n\n")
-    assert place == f"report, charts and strips: {output}\n"
-    assert [line.split()[0] for line in table.splitlines()[:4]] == ["steps", "1", "2", "3"]
-    charts = {"report.json", "quality-latency.png", "quality-latency.svg"}
-    assert files_in(output) == charts | {"strips/a.png", "strips/b.png"}
+    options = ("--steps", "1,2", "--budget-ms", 1e6, "--min-quality", "psnr_db=0", "--load", 0.5, "--load-seconds", 0.2)
+    result = run("bench", toy_bundle, photos, "-o", output, *options, *QUICK)
+    assert (result.exit_code, result.stderr) == (0, "")
     report = read_report(output / "report.json")
-    assert [row.steps for row in report.rows] == [1, 2, 3]
-    assert (report.settings.warmup, report.settings.repeats, report.settings.image_count) == (0, 2, 2)
-    assert (report.session["backend"], report.session["threads"]) == ("onnxruntime", 1)
+    measured = report.configurations[0]
+    assert (measured.status, [row.steps for row in measured.rows], len(measured.load)) == ("ok", [1, 2], 1)
+    assert measured.session is not None
+    assert (measured.session["backend"], measured.session["threads"]) == ("onnxruntime", 1)
+    assert list(measured.rows[0].stages)[0] == "decode"
+    assert report.decision is not None
+    assert f"\n{report.decision.reason}\n" in result.stdout
+    with Session.open(output / "deploy.toml") as session:
+        assert session.describe()["threads"] == 1
+        images = np.stack([picture(), picture(1)])
+        expected = session.invert(images, steps=report.decision.steps)
+        np.testing.assert_array_equal(session.invert(images).latents, expected.latents)
 
 
-def test_json_is_the_report(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
-    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "2,1", "--strips", 1, "--json", *QUICK)
+def test_approximate_configuration_is_measured_beside_the_exact_one(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    options = ("--backend", "pytorch", "--precision", "bf16", "--steps", "1")
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, *options, *QUICK)
+    assert (result.exit_code, result.stderr) == (0, "")
+    measured = read_report(tmp_path / "report.json").configurations[0]
+    assert measured.exact is not None
+    assert (measured.configuration.precision, measured.exact.session["precision"]) == ("bf16", "fp32")
+    assert "PSNR to exact (dB)" in result.stdout.splitlines()[0]
+
+
+def test_ctrl_c_keeps_what_is_finished(toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ["bench", toy_bundle, photos, "-o", tmp_path, "--steps", "1", "--batch", "1,2", *QUICK]
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    second = tmp_path / "cells" / "onnxruntime-cpu-fp32-plain-b2-t1.job"
+    while process.poll() is None and not second.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, "")
+    assert re.fullmatch(r"Error: interrupted: 1 of 2 configurations are measured and kept in .* --resume\n", errors)
+    report = read_report(tmp_path / "report.json")
+    assert [result.status for result in report.configurations] == ["ok", "skipped"]
+    assert not second.exists()
+
+
+def test_table_choice_and_place_are_printed(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    result = run("bench", toy_bundle, photos, "-o", output, "--steps", "1,2", "--batch", "1,2", "--sweep")
+    assert (result.exit_code, result.stderr) == (0, "")
+    table, reason, place = result.stdout.split("\n\n")
+    assert place == f"report, page, charts and strips: {output}\n"
+    assert table.splitlines()[0].split()[0] == "configuration"
+    assert reason.startswith("onnxruntime-cpu-fp32-plain-b1 with 2 steps: ")
+    assert [job.configuration.batch for job in processes.jobs] == [1, 2, 4, 8]
+    assert processes.jobs[0].files == tuple(str((photos / name).resolve()) for name in ("a.png", "b.jpg"))
+
+
+def test_options_reach_the_processes(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "face.onnx").write_bytes(b"model")
+    options: list[object] = ["--backend", "openvino,onnxruntime", "--precision", "bf16", "--preview-steps"]
+    options += ["--threads", 2, "--repeats", 7, "--warmup", 4, "--strips", 1, "--load", "0.5,0.9", "--load-seconds", 3]
+    options += ["--identity-model", tmp_path / "face.onnx", "--identity-size", 112, 96, "--metrics", "mse,identity"]
+    options += ["--time-budget", "2h", "--against", "torch", "--steps", "3,1"]
+    assert run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options).exit_code == 0
+    assert processes.names == [
+        f"{backend}-cpu-bf16-plain-{preview}b1-t2"
+        for backend in ("openvino", "onnxruntime")
+        for preview in ("", "preview-")
+    ]
+    job = processes.jobs[0]
+    assert (job.steps, job.repeats, job.warmup, job.picture_count) == ((1, 3), 7, 4, 1)
+    assert (job.load_shares, job.load_seconds, job.against) == ((0.5, 0.9), 3, "torch")
+    options_of_metrics = job.metric_options
+    assert options_of_metrics is not None
+    assert options_of_metrics.names == ("mse", "identity")
+    assert (options_of_metrics.identity_model, options_of_metrics.identity_size) == (tmp_path / "face.onnx", (112, 96))
+    assert processes.seconds[0] == pytest.approx(7200, abs=60)
+
+
+def test_json_is_the_report(run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "2,1", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert [row["steps"] for row in json.loads(result.stdout)["rows"]] == [1, 2]
-    assert {path.name for path in (tmp_path / "strips").iterdir()} == {"a.png"}
 
 
-def test_bad_files_are_named_and_the_others_measured(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+def test_nothing_that_meets_the_limits_is_exit_1(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--budget-ms", 0.001)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "\nnothing meets 0.001 ms (95th percentile of a call): the fastest row is " in result.stdout
+    assert not (tmp_path / "deploy.toml").exists()
+
+
+def test_configuration_that_failed_is_exit_1(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    processes.outcomes["openvino-cpu-fp32-plain-b1"] = failed_part
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--backend", "onnxruntime,openvino")
+    assert result.exit_code == 1
+    assert "openvino: failed: it needed more memory than there is" in result.stdout
+
+
+def test_nothing_measured_is_one_line(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--plan", "engine")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(
+        r"Error: nothing could be measured: .*the bundle has no engine for it; run: restyle-deploy build .*\n",
+        result.stderr,
+    )
+
+
+def test_bad_files_are_named_and_the_others_measured(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     bad = write_bad_files(photos)
-    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--steps", "1", *QUICK)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--steps", "1")
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == len(bad)
     assert all(f"Error: {path}: " in result.stderr for path in bad)
-    assert read_report(tmp_path / "out" / "report.json").settings.image_count == 2
+    assert read_report(tmp_path / "out" / "report.json").settings.image_names == ("a", "b")
+    assert len(processes.jobs[0].files) == 2
 
 
 def test_no_image_that_can_be_read_is_one_line_more(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
@@ -60,65 +170,69 @@ def test_no_image_that_can_be_read_is_one_line_more(run: Run, toy_bundle: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_one_image_of_one_colour_is_measured(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (10, 200, 30)).save(tmp_path / "green.png")
+    options = ("-o", tmp_path / "out", "--steps", "1,2", "--budget-ms", 1e6)
+    result = run("bench", toy_bundle, tmp_path / "green.png", *options, *QUICK)
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = read_report(tmp_path / "out" / "report.json")
+    assert report.configurations[0].rows[0].quality["mse"].low is None
+    assert (tmp_path / "out" / "deploy.toml").exists()
+
+
 def test_folder_that_cannot_be_written_is_one_line(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run("bench", toy_bundle, photos, "-o", tmp_path / "file", *QUICK)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*file: no folder that can be written to: .*\n", result.stderr)
+    assert re.fullmatch(r"Error: .*file.*: no folder that can be written to: .*\n", result.stderr)
 
 
-def test_missing_extra_is_one_line(
-    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("library", "extra", "options"), [("matplotlib", "bench", ()), ("torch", "export", ("--against", "torch"))]
+)
+def test_missing_library_is_one_line(
+    run: Run,
+    toy_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    extra: str,
+    options: tuple[str, ...],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *QUICK)
+    monkeypatch.setitem(sys.modules, library, None)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options, *QUICK)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*matplotlib.*pip install 'restyle-deploy\[bench\]'\n", result.stderr)
-
-
-def test_reference_model_has_columns_of_its_own(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
-    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "1,2", "--against", "torch", *QUICK)
-    assert result.exit_code == 0
-    assert "torch/this (quartiles)" in result.stdout.splitlines()[0]
-    against = read_report(tmp_path / "report.json").against
-    assert against is not None
-    assert [row.steps for row in against.rows] == [1, 2]
-
-
-def test_missing_torch_is_one_line(
-    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--against", "torch", *QUICK)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*torch.*pip install 'restyle-deploy\[export\]'\n", result.stderr)
+    assert re.fullmatch(rf"Error: .*{library}.*pip install 'restyle-deploy\[{extra}\]'\n", result.stderr)
     assert not (tmp_path / "out").exists()
 
 
-def test_approximate_mode_without_an_engine_is_one_line(
-    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--steps", "1,x"), "no list of whole numbers"),
+        (("--steps", "1,1"), "given once"),
+        (("--batch", "0"), "at least 1"),
+        (("--backend", "onnxruntime,tpu"), "'tpu': known are all, onnxruntime"),
+        (("--precision", "int8"), "'int8': known are fp32"),
+        (("--plan", "fast"), "'fast': known are engine, plain"),
+        (("--metrics", "mse,fid"), "no metric 'fid'; there are mse"),
+        (("--min-quality", "psnr_db"), "no metric=value such as psnr_db=20"),
+        (("--min-quality", "psnr_db=high"), "no metric=value such as psnr_db=20"),
+        (("--min-quality", "psnr_db=nan"), "no metric=value such as psnr_db=20"),
+        (("--min-quality", "fid=3"), "no metric 'fid'; there are mse"),
+        (("--metrics", "mse", "--min-quality", "ssim=0.5"), "--min-quality of ssim, which is not among --metrics"),
+        (("--load", "0.5,3"), "no list of shares"),
+        (("--time-budget", "soon"), "no time such as 90, 90s, 15m or 2h"),
+        (("--time-budget", "0m"), "no time such as 90, 90s, 15m or 2h"),
+        (("--budget-ms", "inf"), "not in the range"),
+        (("--against", "tensorflow"), "torch"),
+    ],
+)
+def test_wrong_usage_is_exit_2(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, options: tuple[str, ...], reason: str
 ) -> None:
-    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps", *QUICK)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*restyle-deploy build .*\n", result.stderr)
-
-
-def test_approximate_mode_is_measured_with_the_exact_one(
-    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[dict[str, Any]] = []
-
-    def open_session(bundle: Path, **options: Any) -> Session:
-        opened.append(dict(options))
-        session = open_plain(bundle, threads=1)
-        if options.get("preview_steps"):  # stands for a session that has an engine with previews
-            monkeypatch.setattr(session, "describe", lambda: {**Session.describe(session), "preview_steps": True})
-        return session
-
-    open_plain = Session.open
-    monkeypatch.setattr(Session, "open", open_session)
-    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--steps", "1,2", "--preview-steps", *QUICK)
-    assert result.exit_code == 0
-    assert [options.get("preview_steps", False) for options in opened] == [True, False]
-    assert "PSNR to exact (dB)" in result.stdout.splitlines()[0]
-    assert read_report(tmp_path / "report.json").exact is not None
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert reason in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
