@@ -8,7 +8,7 @@ import numpy as np
 
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.device_array import Array
-from restyle_deploy.runtime.arena import AVERAGE_CURRENT, AVERAGE_LATENT, LATENTS
+from restyle_deploy.runtime.arena import LATENTS
 from restyle_deploy.runtime.base import Device, Event
 from restyle_deploy.runtime.calls import Call, Inputs
 from restyle_deploy.runtime.loop import LoadedGraph, LoopCache
@@ -115,7 +115,7 @@ class Execution:
         """Enqueue a call whose images are on the device, and return its results, which are there too."""
         with self._lock:
             lease = self._memory.slots.lease(call.count * call.kept)
-            results = DeviceResults(self._device, lease.slot, call, self._memory.shapes)
+            results = self._device_results(lease.slot, call)
         inputs = call.inputs.staged(lease.slot)
         timings = []
         with self._lock:
@@ -169,7 +169,9 @@ class Execution:
         """Enqueue one run; with timing, wait for it and return its times."""
         device, state, count = self._device, self._memory.state, len(inputs.images)
         batch = max(self._least_batch, count)
-        loop = self.loops.loop(batch=batch, steps=call.steps, every_step=call.every_step)
+        loop = self.loops.loop(
+            batch=batch, steps=call.steps, every_step=call.every_step, from_average=inputs.latents is None
+        )
         timed = self._timing_enabled
         try:
             if call.stream is not None:
@@ -200,16 +202,11 @@ class Execution:
         self._fill("target", count, batch)
 
     def _set_start(self, inputs: Inputs, batch: int) -> None:
-        """Enqueue where the loop starts: the average, or what is given."""
-        state, count = self._memory.state, len(inputs.images)
-        for name, average, given in (
-            (LATENTS[0], AVERAGE_LATENT, inputs.latents),
-            ("current", AVERAGE_CURRENT, inputs.current),
-        ):
-            if given is None:
-                self._device.copy(state.part(name, 0, batch), state.average(average, batch))
-            else:
-                self._device.copy(state.part(name, 0, count), given)
+        """Enqueue where the loop starts, if it is given; else the loop takes the average."""
+        count = len(inputs.images)
+        for name, given in ((LATENTS[0], inputs.latents), ("current", inputs.current)):
+            if given is not None:
+                self._device.copy(self._memory.state.part(name, 0, count), given)
                 self._fill(name, count, batch)
 
     def _fill(self, name: str, count: int, batch: int) -> None:
@@ -217,6 +214,13 @@ class Execution:
             self._device.copy(
                 self._memory.state.part(name, row, row + 1), self._memory.state.part(name, count - 1, count)
             )
+
+    def _device_results(self, slot: Slot, call: Call) -> DeviceResults:
+        """Return a slot's arrays for the results of a call; the same as for the last call like this."""
+        key = (call.count, call.kept, call.every_step, call.is_pixels)
+        if slot.views is None or slot.views[0] != key:
+            slot.views = (key, DeviceResults(self._device, slot, call, self._memory.shapes))
+        return slot.views[1]
 
     def _keep_alive(self, event: Event, kept: object) -> None:
         """Hold what a caller's array lies in until it has been read; let go of what has been."""
