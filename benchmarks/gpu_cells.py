@@ -16,7 +16,7 @@ from benchmarks.gpu_contenders import BASELINE, GPU_CONTENDERS, GpuContender
 from benchmarks.gpu_table import EXACT_ERROR, GpuRow
 from benchmarks.gpu_worker import CallTimes, GpuWorker
 from benchmarks.processes import WorkerError
-from restyle_deploy.bench.comparison import Difference, difference_of
+from restyle_deploy.bench.comparison import difference_of
 from restyle_deploy.runtime.session import InversionResult
 
 # Calls before the measured ones: libraries compile, measure their ways and allocate.

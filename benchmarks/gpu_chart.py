@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu_table import MOST_OVER_FLOOR, GpuCell, GpuTable, title_of
+from benchmarks.gpu_table import MOST_OVER_FLOOR, GpuCell, GpuTable, format_ms, title_of
 from benchmarks.tables import APPROXIMATE_COLOUR, CHART_DPI, EXACT_COLOUR, TORCH_COLOUR
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def draw_gpu_table(table: GpuTable, path: Path) -> None:
         axes.set_yticks(range(len(labels)), [label for _, label in labels], fontsize=8)
     panels[0, 0].set_ylim(len(labels) - 0.5, -0.5)
     figure.supxlabel(
-        f"Dotted: the floor of float16, and {MOST_OVER_FLOOR:.0f} times that. Hatched: fp16, bf16 and TF32, with the PSNR "
-        f"of the last image.\n{table.device['GPU']}, {table.created[:10]}",
+        f"Dotted: the floor of float16, and {MOST_OVER_FLOOR:.0f} times that. Hatched: fp16, bf16 and TF32, with the "
+        f"PSNR of the last image.\n{table.device['GPU']}, {table.created[:10]}",
         fontsize=8,
     )
     figure.savefig(path)
@@ -65,7 +65,7 @@ def _draw_cell(axes: Axes, cell: GpuCell, names: Sequence[str]) -> None:
         )
         psnr_db = row.difference.psnr_db if row.difference else None
         quality = f", {psnr_db:.0f} dB" if psnr_db is not None and row.precision != "fp32" else ""
-        axes.text(1.08 * row.median_ms, place, f"{row.median_ms:.3g} ms{quality}", va="center", fontsize=7)
+        axes.text(1.08 * row.median_ms, place, f"{format_ms(row.median_ms)} ms{quality}", va="center", fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 

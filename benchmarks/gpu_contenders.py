@@ -166,8 +166,10 @@ def _open_upstream(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
     bundle = read_bundle(files.bundle)
-    given = model_from_bundle(bundle) if files.checkpoint is None else None
-    model = UpstreamArithmetic.from_model(given or model_from_checkpoint(load_checkpoint(_checkpoint_of(files))))
+    checkpoint = None if files.checkpoint is None else load_checkpoint(files.checkpoint)
+    model = UpstreamArithmetic.from_model(
+        model_from_bundle(bundle) if checkpoint is None else model_from_checkpoint(checkpoint)
+    )
     latent_avg = model.latent_avg.to(device)
     dtype = torch.float16 if half else torch.float32
     model = model.to(device=device, dtype=dtype)
@@ -203,11 +205,6 @@ def _session(backend: str, precision: str, **options: Any) -> Callable[[ModelFil
         return SessionInverter(session)
 
     return open_session
-
-
-def _checkpoint_of(files: ModelFiles) -> Any:
-    assert files.checkpoint is not None
-    return files.checkpoint
 
 
 def _pytorch_rows() -> Iterator[GpuContender]:

@@ -227,12 +227,19 @@ def format_gpu_table(table: GpuTable) -> str:
     for cell in table.cells:
         floor = cell.floor
         text.append(
-            f"### {title_of(cell)}\n\nFloor {floor.ms:.3g} ms: {floor.flop / 1e9:.0f} GFLOP alone take "
-            f"{floor.arithmetic_ms:.3g} ms, {floor.bytes_moved / 2**20:.0f} MiB alone {floor.traffic_ms:.3g} ms.\n\n"
+            f"### {title_of(cell)}\n\nFloor {format_ms(floor.ms)} ms: {floor.flop / 1e9:.0f} GFLOP alone take "
+            f"{format_ms(floor.arithmetic_ms)} ms, {floor.bytes_moved / 2**20:.0f} MiB alone "
+            f"{format_ms(floor.traffic_ms)} ms.\n\n"
             + "\n".join(f"| {' | '.join(line)} |" for line in _lines(cell))
+            + "".join(f"\n\n{_format_growth(row)}" for row in cell.rows if row.growth)
         )
     text.append("\n".join(f"- {format_verdict(verdict)}" for verdict in verdicts_of(table.cells)))
     return "\n\n".join(text) + "\n"
+
+
+def format_ms(ms: float) -> str:
+    """Return milliseconds in three digits or more."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def title_of(cell: GpuCell) -> str:
@@ -264,6 +271,15 @@ def _lines(cell: GpuCell) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def _format_growth(row: GpuRow) -> str:
+    growth = row.growth
+    assert growth is not None
+    device = "" if growth.device_mib is None else f"{growth.device_mib:.2f} MiB of the device and "
+    return (
+        f"After {growth.calls} calls, {row.label} held {device}{growth.host_mib:.2f} MiB of the host more than before."
+    )
 
 
 def _psnr(difference: Difference) -> str:

@@ -75,8 +75,12 @@ class GpuWorker(WorkerProcess):
     def call(self, count: int, results: Path | None = None) -> CallTimes:
         """Call one time that does not count, then so many; images and latents go to a `.npz` where one is named."""
         answer = self.ask(f"call {count}" if results is None else f"call {count} {results}")
-        times = {name: tuple(answer.pop(name)) for name in ("gpu_ms", "wall_ms", "host_us")}
-        return CallTimes(**times, **answer)
+        return CallTimes(
+            gpu_ms=tuple(answer["gpu_ms"]),
+            wall_ms=tuple(answer["wall_ms"]),
+            host_us=tuple(answer["host_us"]),
+            device_mib=answer["device_mib"],
+        )
 
     def endure(self, count: int) -> Growth:
         """Call so many times and look at the memory before and after."""

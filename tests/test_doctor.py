@@ -171,7 +171,9 @@ def test_jobs_agree_with_the_extras(project_root: Path) -> None:
             continue
         requirements = dict(requirement.split(">=") for requirement in project["optional-dependencies"][job.extra])
         stated = {name: ".".join(map(str, lowest)) for name, lowest in job.packages.items()}
-        assert stated == {name: lowest for name, lowest in requirements.items() if name not in libraries}
+        # Of the backends' libraries any will do, but for torch, which is more than a backend.
+        others = {name: lowest for name, lowest in requirements.items() if name == "torch" or name not in libraries}
+        assert stated == others
     assert {row.extra for row in BACKENDS.values()} <= project["optional-dependencies"].keys()
     defaults = {re.split("[>;]", requirement)[0] for requirement in project["dependencies"]}
     assert set(doctor.DEFAULT_PACKAGES) == defaults - {"tomli"}
@@ -206,6 +208,9 @@ def test_command_fails_without_a_backend(install: Install, arguments: list[str])
     assert "needs a library" in result.output
 
 
-def test_examining_does_not_import_torch() -> None:
-    program = "import sys, restyle_deploy.doctor as d; d.examine_installation(); sys.exit('torch' in sys.modules)"
+def test_examining_imports_no_library_but_the_backends_own() -> None:
+    others = "{'matplotlib', 'onnx', 'onnx_ir', 'onnxscript', 'skimage'}"
+    program = (
+        f"import sys, restyle_deploy.doctor as d; d.examine_installation(); sys.exit(len({others} & {{*sys.modules}}))"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

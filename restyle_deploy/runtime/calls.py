@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from restyle_deploy.device_array import Array
 from restyle_deploy.model_config import ModelConfig
@@ -51,10 +53,19 @@ class Inputs:
             return self
         return Inputs(**{name: part_of(array, first, last) for name, array in self._given().items()})
 
+    def reserve(self, slot: Slot) -> None:
+        """Have pinned memory of a slot for what is on the host."""
+        on_host = self._on_host()
+        if on_host:
+            slot.reserve(array.nbytes for array in on_host.values())
+
     def staged(self, slot: Slot) -> "Inputs":
         """Return them with what is on the host in the slot's pinned memory."""
-        on_host = {name: array for name, array in self._given().items() if isinstance(array, np.ndarray)}
+        on_host = self._on_host()
         return replace(self, **slot.stage(on_host)) if on_host else self
+
+    def _on_host(self) -> dict[str, NDArray[Any]]:
+        return {name: array for name, array in self._given().items() if isinstance(array, np.ndarray)}
 
     def _given(self) -> dict[str, Array]:
         given = {"images": self.images}

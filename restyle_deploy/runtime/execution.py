@@ -116,6 +116,7 @@ class Execution:
         with self._lock:
             lease = self._memory.slots.lease(call.count * call.kept)
             results = self._device_results(lease.slot, call)
+            call.inputs.reserve(lease.slot)
         inputs = call.inputs.staged(lease.slot)
         timings = []
         with self._lock:
@@ -159,7 +160,9 @@ class Execution:
         last = min(first + call.max_batch, call.count)
         with self._lock:
             lease = self._memory.slots.lease((last - first) * call.kept)
-        inputs = call.inputs.part(first, last).staged(lease.slot)
+            inputs = call.inputs.part(first, last)
+            inputs.reserve(lease.slot)
+        inputs = inputs.staged(lease.slot)
         with self._lock:
             timings = self._enqueue(call, inputs, first, lease.slot, results)
             assert lease.slot.event is not None
@@ -174,7 +177,7 @@ class Execution:
         )
         timed = self._timing_enabled
         try:
-            if call.stream is not None:
+            if call.stream is not None and not call.is_on_device:  # else the queue waits since the array was found
                 device.wait_for_stream(call.stream)
             marks = [device.record(timing=True)] if timed else []
             self._set_target(inputs.images, slot, batch)

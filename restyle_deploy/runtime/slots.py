@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -102,16 +102,21 @@ class Slot:
         """Return the bytes of the device, and as many pinned ones, that a slot of the arena takes."""
         return aligned(input_bytes) + place_arrays({name: shapes[name] for name in RESULTS}, rows)[1]
 
+    def reserve(self, nbytes: Iterable[int]) -> None:
+        """Have pinned memory for arrays of these sizes; before `stage`, while no other thread calls the device."""
+        if not self._device.is_host:
+            self._staging.grow(sum(map(aligned, nbytes)))
+            self._staging.block()
+
     def stage(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Copy arrays into pinned memory, once what was enqueued last has ended; on the host return them as they are.
 
-        They are laid one after the other, `images` first, which `upload` then finds on the device.
+        Other threads may call the device meanwhile.
         """
         if self._device.is_host or not arrays:
             return dict(arrays)
         if self.event is not None:
             self.event.wait()
-        self._staging.grow(sum(aligned(array.nbytes) for array in arrays.values()))
         block, offset = self._staging.block()
         staged = {}
         for name, array in arrays.items():

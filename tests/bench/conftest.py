@@ -47,7 +47,7 @@ class FakeSession(Session):
         save_expectation(self.bundle.expectation, expectation)
         self.calls.clear()
 
-    def invert(
+    def invert(  # type: ignore[override]
         self, images: NDArray[Any], *, steps: int = 5, every_step: bool = False, max_batch: int = 8
     ) -> InversionResult:
         self.calls.append((len(images), steps, every_step))

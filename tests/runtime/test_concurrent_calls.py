@@ -13,12 +13,9 @@ from restyle_deploy.errors import ShapeError, VerificationError
 from restyle_deploy.runtime.results import DeviceInversion
 from tests.fakes import Buffers, create_session, encode, expected_latents
 from tests.recording import RecordingDevice
+from tests.runtime.recorded import targets_of
 
 THREADS = 16
-
-
-def targets_of(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
 
 
 def device_of(where: str) -> RecordingDevice | None:

@@ -15,6 +15,7 @@ from restyle_deploy.runtime.results import DeviceInversion
 from tests.fakes import create_session, expected_latents
 from tests.pictures import picture
 from tests.recording import RecordingDevice
+from tests.runtime.recorded import invert_on, targets_of
 
 
 @pytest.fixture
@@ -25,16 +26,6 @@ def device() -> RecordingDevice:
 @pytest.fixture
 def session(device: RecordingDevice) -> Session:
     return create_session(device=device)[0]
-
-
-def targets_of(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
-
-
-def invert_on(session: Session, device: RecordingDevice, values: NDArray[Any], **options: Any) -> DeviceInversion:
-    result = session.invert(device.put(values), **options)
-    assert isinstance(result, DeviceInversion)
-    return result
 
 
 def latents_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -245,7 +236,7 @@ def test_start_of_another_session_orders_the_streams(session: Session, device: R
     found = session.invert(targets_of(1), steps=3, start=start)
     np.testing.assert_allclose(found.latents, latents_of(expected_latents(targets_of(1), 5)[-1]), atol=1e-5)
     assert device.count()["external array"] == 2
-    names = [name for name, *_ in device.calls]
+    names = device.names
     assert ("hold stream", 99) in device.calls
     assert names.index("hold stream") > names.index("prepare images")
 
