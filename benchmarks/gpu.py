@@ -38,7 +38,9 @@ ENDURED_CALLS, ENDURED_CALLS_OF_DRY_RUN = 10_000, 20
 @click.option("--golden", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Holds weights.py.")
 @click.option("--work", default="out/gpu", show_default=True, type=click.Path(path_type=Path), help="Keeps bundles.")
 @click.option("-o", "--output", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="Results.")
-@click.option("--device", default="cuda:0", show_default=True, help="cuda:0 and so on; cpu for a dry run.")
+@click.option(
+    "--device", default="cuda:0", show_default=True, type=click.Choice(("cuda:0", "cpu")), help="cpu: dry run."
+)
 @click.option("--models", default="256,512,1024", show_default=True, type=parse_names(MODELS))
 @click.option("--batches", default="1,8", show_default=True, type=parse_batches)
 @click.option(

@@ -207,6 +207,17 @@ def _session(backend: str, precision: str, **options: Any) -> Callable[[ModelFil
     return open_session
 
 
+def _onnxruntime_rows() -> Iterator[GpuContender]:
+    for precision in ("fp32", "tf32", "fp16"):
+        yield GpuContender(
+            name=f"onnxruntime-{precision}",
+            label=f"ONNX Runtime, exported graphs, {precision}",
+            precision=precision,
+            open=_session("onnxruntime", precision, plain=True),
+            devices=("cuda", CPU) if precision == "fp32" else ("cuda",),
+        )
+
+
 def _pytorch_rows() -> Iterator[GpuContender]:
     for precision in ("fp32", "tf32", "fp16", "bf16"):
         yield GpuContender(
@@ -270,19 +281,7 @@ _ROWS = (
         precision="fp16",
         open=_open_captured,
     ),
-    GpuContender(
-        name="onnxruntime",
-        label="ONNX Runtime, exported graphs, fp32",
-        precision="fp32",
-        open=_session("onnxruntime", "fp32", plain=True),
-        devices=("cuda", CPU),
-    ),
-    GpuContender(
-        name="onnxruntime-tf32",
-        label="ONNX Runtime, exported graphs, TF32",
-        precision="tf32",
-        open=_session("onnxruntime", "tf32", plain=True),
-    ),
+    *_onnxruntime_rows(),
     *_pytorch_rows(),
     *_tensorrt_rows(),
 )

@@ -66,7 +66,7 @@ def test_who_cannot_run_here_is_a_row_with_the_reason(
     monkeypatch.setattr(gpu, "build_engines", lambda *arguments, **options: {"pytorch-bf16": "no engine for it"})
     result = run(tmp_path, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert measured == [("demo", batch, ["upstream", "onnxruntime", "pytorch-fp32"]) for batch in (1, 8)]
+    assert measured == [("demo", batch, ["upstream", "onnxruntime-fp32", "pytorch-fp32"]) for batch in (1, 8)]
     content = json.loads((tmp_path / "out" / "dry-run-on-the-cpu" / "report.json").read_text(encoding="utf-8"))
     reasons = {row["contender"]: row["reason"] for row in content["cells"][0]["rows"]}
     assert list(reasons) == list(GPU_CONTENDERS)
@@ -80,18 +80,40 @@ def test_who_cannot_run_here_is_a_row_with_the_reason(
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project_root)
     few = ("--batches", "1", "--rounds", "2", "--calls", "1", "--endured-calls", "2", "--steps", "2")
-    result = run(tmp_path, "--device", "cpu", "--contenders", "onnxruntime,pytorch-fp32", *few)
+    result = run(tmp_path, "--device", "cpu", "--contenders", "onnxruntime-fp32,pytorch-fp32", *few)
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "out" / "dry-run-on-the-cpu" / "report.json").read_text(encoding="utf-8"))
     (cell,) = content["cells"]
     rows = {row["contender"]: row for row in cell["rows"]}
-    assert list(rows) == ["upstream", "onnxruntime", "pytorch-fp32"]
+    assert list(rows) == ["upstream", "onnxruntime-fp32", "pytorch-fp32"]
     for row in rows.values():
         assert row["reason"] is None
         assert len(row["wall_ms"]) == 2
         assert (row["gpu_ms"], row["host_us"], row["device_mib"]) == ([], [], None)
-    for name in ("onnxruntime", "pytorch-fp32"):
+    for name in ("onnxruntime-fp32", "pytorch-fp32"):
         assert rows[name]["difference"]["latent_error"] < 1e-3
     assert rows["pytorch-fp32"]["growth"]["calls"] == 2
     assert cell["floor"]["ms"] > 0
     assert content["rates"]["flop_per_s"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_run_on_a_gpu_has_all_figures(tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no NVIDIA GPU")
+    monkeypatch.chdir(project_root)
+    few = ("--batches", "1,8", "--rounds", "2", "--calls", "3", "--endured-calls", "200")
+    names = "upstream-tf32,upstream-kernels,torch-compile-graph,pytorch-fp16"
+    result = run(tmp_path, "--contenders", names, *few)
+    assert result.exit_code == 0, result.output
+    (report,) = (tmp_path / "out").glob("*/report.json")
+    for cell in json.loads(report.read_text(encoding="utf-8"))["cells"]:
+        for row in cell["rows"]:
+            assert row["reason"] is None, row
+            assert len(row["gpu_ms"]) == len(row["wall_ms"]) == len(row["host_us"]) == 6
+            assert min(row["gpu_ms"]) > 0
+            assert row["device_mib"] > 0
+        ours = cell["rows"][-1]
+        assert ours["difference"]["psnr_db"] > 45
+        assert ours["growth"]["device_mib"] <= 0

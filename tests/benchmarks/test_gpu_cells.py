@@ -43,7 +43,7 @@ class StandInWorker:
         self.log.append((self.name, "call"))
         if results is not None:
             np.savez(results, images=self.answers[self.name], latents=np.zeros((1, 2, 3), np.float32))
-        elif self.name == "onnxruntime":
+        elif self.name == "onnxruntime-fp32":
             raise WorkerError("it died")
         ms = {"upstream": 10.0, "pytorch-fp16": 3.0, "pytorch-fp32": 2.0}[self.name] if results is None else 1.0
         return CallTimes(gpu_ms=(ms,) * count, wall_ms=(ms,) * count, host_us=(50.0,) * count, device_mib=100.0)
@@ -93,11 +93,11 @@ def test_rows_have_times_and_the_difference_from_the_baseline(stand_ins: Callabl
 
 
 def test_who_fails_is_a_row_with_the_reason(stand_ins: Callable[..., type[StandInWorker]]) -> None:
-    worker = stand_ins(upstream=image(0), onnxruntime=image(0), pytorch_fp32=None, pytorch_fp16=image(np.nan))
-    rows = measure("onnxruntime", "pytorch-fp32", "pytorch-fp16")
+    worker = stand_ins(upstream=image(0), onnxruntime_fp32=image(0), pytorch_fp32=None, pytorch_fp16=image(np.nan))
+    rows = measure("onnxruntime-fp32", "pytorch-fp32", "pytorch-fp16")
     assert {name: row.reason for name, row in rows.items()} == {
         "upstream": None,
-        "onnxruntime": "it died",
+        "onnxruntime-fp32": "it died",
         "pytorch-fp32": "it cannot be opened",
         "pytorch-fp16": "its results are not finite",
     }
