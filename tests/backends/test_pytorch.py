@@ -189,6 +189,7 @@ class RecordedCuda:
         self.active: list[str] = []
         self.entered: list[str] = []
         self.pools: list[weakref.ref[Any]] = []
+        self.allocated_in: list[list[str]] = []
 
     def ExternalStream(self, handle: int, *, device: int) -> str:  # noqa: N802 - torch's name
         return f"stream {handle} of {device}"
@@ -219,7 +220,13 @@ class RecordedCuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
     recorded = RecordedCuda()
     monkeypatch.setattr(torch, "cuda", recorded)
-    monkeypatch.setattr(CudaExecution, "_create_workspace", lambda self: None)
+    create = torch.ones
+
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        recorded.allocated_in.append(list(recorded.active))
+        return create(*shape)
+
+    monkeypatch.setattr(torch, "ones", ones)
     return recorded
 
 
@@ -228,6 +235,7 @@ def arithmetic() -> tuple[Any, ...]:
     cudnn = torch.backends.cudnn
     return (
         cudnn.benchmark,
+        cudnn.deterministic,
         pytorch_execution._CONVOLUTIONS.fp32_precision,
         torch.backends.cuda.matmul.fp32_precision,
     )
@@ -241,7 +249,7 @@ def test_gpu_runs_are_on_the_sessions_stream_and_from_its_pool(
     kept = arithmetic()
     with execution.scope():
         assert cuda.active == ["device 1", "stream 77 of 1", "pool 0 on 1"]
-        assert arithmetic() == (True, convolutions, "ieee")
+        assert arithmetic() == (True, True, convolutions, "ieee")
     assert cuda.active == []
     assert arithmetic() == kept
 
@@ -260,15 +268,42 @@ def test_settings_come_back_after_an_error(cuda: RecordedCuda) -> None:
 def test_graphs_on_one_queue_share_a_pool_that_goes_with_it(cuda: RecordedCuda) -> None:
     first, second = RecordedQueue(), RecordedQueue()
     executions = [CudaExecution(RunnerOptions(device="cuda:0", queue=queue)) for queue in (first, first, second)]
+    cuda.entered.clear()
     for execution in executions:
         with execution.scope():
             pass
     assert [name for name in cuda.entered if name.startswith("pool")] == ["pool 0 on 0", "pool 0 on 0", "pool 1 on 0"]
-    executions.clear()
-    del execution, first
+    del executions[:2]
     gc.collect()
     assert [pool() is None for pool in cuda.pools] == [True, False]
-    assert second.stream == 77
+    assert (first.stream, second.stream) == (77, 77)  # queues that are alive
+    again = CudaExecution(RunnerOptions(device="cuda:0", queue=first))
+    assert len(cuda.pools) == 3
+    with again.scope():
+        assert cuda.active[-1] == "pool 2 on 0"
+
+
+def test_what_cublas_keeps_comes_from_the_pool(cuda: RecordedCuda) -> None:
+    """Torch may free it while CUDA graphs use it: then only our own runs may be given the memory."""
+    queue = RecordedQueue()
+    for _ in range(2):
+        CudaExecution(RunnerOptions(device="cuda:1", queue=queue))
+    executions = [CudaExecution(RunnerOptions(device="cuda:1", queue=queue)) for _ in range(2)]
+    assert cuda.allocated_in == [["device 1", "stream 77 of 1", f"pool {index} on 1"] for index in range(3)]
+    assert executions[0]._pool is executions[1]._pool
+
+
+def test_memory_of_runs_goes_when_the_runner_is_closed(cuda: RecordedCuda) -> None:
+    queue = RecordedQueue()
+    execution = CudaExecution(RunnerOptions(device="cuda:0", queue=queue))
+    runner = pytorch.PyTorchRunner(torch.neg, (), (), execution)
+    del execution
+    runner.close()
+    runner.close()
+    gc.collect()
+    assert [pool() for pool in cuda.pools] == [None]
+    with pytest.raises(ValueError, match="the runner is closed"):
+        runner.bind({})
 
 
 @pytest.mark.usefixtures("cuda")
