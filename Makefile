@@ -3,6 +3,7 @@
 # make lint    style and format;   make types    static types;   make check    all of these
 # make demo-model PORTRAITS=portraits.tar   train the demo model again (100 minutes on two cores), export and measure it
 # make cpu-table GOLDEN=DIRECTORY   the table of speed, quality and memory in benchmarks/results/cpu.* (an hour)
+# make gpu-table GOLDEN=DIRECTORY   the same on a GPU, in benchmarks/results/<device>/
 # make clean   remove the environment, the results and the caches
 #
 # All targets share the environment .venv, which they make with $(PYTHON) and fill with the versions in constraints.txt.
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint types check demo-model cpu-table clean
+.PHONY: help demo test lint types check demo-model cpu-table gpu-table clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -48,6 +49,10 @@ demo-model: $(VENV)/.installed-dev
 # Without GOLDEN, which holds the weights of the official architectures, the table has the demo model only.
 cpu-table: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cpu $(if $(GOLDEN),--golden "$(GOLDEN)") --work out/cpu
+
+# On a machine with a GPU; GOLDEN as above.
+gpu-table: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu $(if $(GOLDEN),--golden "$(GOLDEN)") --work out/gpu
 
 clean:
 	rm -rf $(VENV) out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

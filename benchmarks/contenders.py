@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
+from benchmarks.processes import UnavailableError
 from restyle_deploy.bundle import read_bundle
 from restyle_deploy.runtime.session import InversionResult, Session
 
@@ -52,10 +53,6 @@ class Inverter(Protocol):
     def invert(self, images: NDArray[Any], *, steps: int) -> InversionResult:
         """Invert images as `Session.invert` does."""
         ...
-
-
-class UnavailableError(Exception):
-    """A contender cannot take part; the message is what its row says."""
 
 
 @dataclass(frozen=True, kw_only=True)

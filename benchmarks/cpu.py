@@ -33,7 +33,7 @@ BYTES_PER_MIB = 2**20
 BYTES_PER_GIB = 2**30
 
 
-def _parse_names(known: tuple[str, ...]) -> click.ParamType[tuple[str, ...]]:
+def parse_names(known: tuple[str, ...]) -> click.ParamType[tuple[str, ...]]:
     """Return a parameter type: names of a list, separated by commas."""
 
     def names(value: str) -> tuple[str, ...]:
@@ -46,7 +46,8 @@ def _parse_names(known: tuple[str, ...]) -> click.ParamType[tuple[str, ...]]:
     return click.types.FuncParamType(names)
 
 
-def _parse_batches(value: str) -> tuple[int, ...]:
+def parse_batches(value: str) -> tuple[int, ...]:
+    """Return batch sizes from a list such as 1,4."""
     try:
         batches = tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -60,9 +61,9 @@ def _parse_batches(value: str) -> tuple[int, ...]:
 @click.option("--golden", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Holds weights.py.")
 @click.option("--work", default="out/cpu", show_default=True, type=click.Path(path_type=Path), help="Keeps bundles.")
 @click.option("-o", "--output", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="Results.")
-@click.option("--models", default=",".join(MODELS), show_default=True, type=_parse_names(MODELS))
-@click.option("--batches", default="1,4", show_default=True, type=_parse_batches)
-@click.option("--contenders", default=",".join(CONTENDERS), show_default=True, type=_parse_names(tuple(CONTENDERS)))
+@click.option("--models", default=",".join(MODELS), show_default=True, type=parse_names(MODELS))
+@click.option("--batches", default="1,4", show_default=True, type=parse_batches)
+@click.option("--contenders", default=",".join(CONTENDERS), show_default=True, type=parse_names(tuple(CONTENDERS)))
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(min=1), help="Refinement steps of a call.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Measured calls of each.")
 @click.option("--seconds", default=240.0, show_default=True, help=f"After so long, only {FEWEST_ROUNDS} rounds.")

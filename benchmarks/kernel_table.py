@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from benchmarks.verdicts import Verdict, format_verdict
 from restyle_deploy.bench.environment import Environment
 from restyle_deploy.bench.measure import StepLatency
 from restyle_deploy.files import replace_when_complete
@@ -158,20 +159,6 @@ class KernelTable:
     format_version: int = FORMAT_VERSION
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether a goal is reached; `figure` is None where it was not measured."""
-
-    goal: str
-    figure: float | None
-    least: float
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether the figure is at least what it must be."""
-        return self.figure is not None and self.figure >= self.least
-
-
 def verdicts_of(rows: Sequence[KernelRow]) -> list[Verdict]:
     """Return the goals for float16: the share of the copy bandwidth, and the up-layer against torch.compile."""
     verdicts = []
@@ -189,12 +176,6 @@ def describe(problem: Problem) -> str:
     """Return a problem in a few words."""
     layout = "channels last" if problem.channels_last else "NCHW"
     return f"{CASES[problem.case].title}, {problem.size} px, batch {problem.batch}, {problem.dtype}, {layout}"
-
-
-def format_verdict(verdict: Verdict) -> str:
-    """Return a line that says pass or FAIL."""
-    figure = "not measured" if verdict.figure is None else f"{verdict.figure:.2f}"
-    return f"{'pass' if verdict.is_reached else 'FAIL'}: {verdict.goal}: {figure}, goal {verdict.least:.1f}"
 
 
 def format_markdown(table: KernelTable) -> str:

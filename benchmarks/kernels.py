@@ -33,10 +33,10 @@ from benchmarks.kernel_table import (
     Problem,
     describe,
     format_markdown,
-    format_verdict,
     verdicts_of,
     write_table,
 )
+from benchmarks.verdicts import format_verdict
 from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bench.measure import StepLatency, step_latency_from
 from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contenders import Contender, ModelFiles
+from benchmarks.contenders import ModelFiles
 from restyle_deploy.backends import load_backend
 from restyle_deploy.bundle import check_engine, find_engine, read_bundle
 from restyle_deploy.errors import BackendUnavailableError, BundleError, RestyleDeployError
@@ -27,6 +27,20 @@ GOLDEN_CASES: Mapping[str, str] = MappingProxyType(
     {"256": "e4e_church_256", "512": "psp_cars_512", "1024": "psp_ffhq_1024"}
 )
 MODELS = (DEMO, *GOLDEN_CASES)
+
+
+class NeedsEngine(Protocol):
+    """A contender of any table, as far as its engine goes."""
+
+    @property
+    def name(self) -> str:
+        """In the table."""
+        ...
+
+    @property
+    def engine(self) -> tuple[str, str] | None:
+        """Backend and precision."""
+        ...
 
 
 def prepare_model(name: str, golden: Path | None, work: Path, progress: Callable[[str], None]) -> ModelFiles:
@@ -58,21 +72,34 @@ def prepare_model(name: str, golden: Path | None, work: Path, progress: Callable
 
 
 def build_engines(
-    files: ModelFiles, contenders: Sequence[Contender], threads: int | None, progress: Callable[[str], None]
+    files: ModelFiles,
+    contenders: Sequence[NeedsEngine],
+    threads: int | None,
+    progress: Callable[[str], None],
+    *,
+    device: str = "cpu",
+    tune: bool = True,
 ) -> dict[str, str]:
-    """Build the engines that contenders need, tuned on this machine; those that fit are kept.
+    """Build the engines that contenders need; those that fit are kept.
 
+    Args:
+        files: the model.
+        contenders: of which some need engines.
+        threads: of a run on the CPU; None leaves the choice to the library.
+        progress: told in a few words what begins.
+        device: that the engines are for.
+        tune: measure the plan's choices on the device.
     Returns:
         By the name of each contender whose engine cannot be built here: why.
     """
     refused: dict[tuple[str, str], str] = {}
     for backend, precision in sorted({contender.engine for contender in contenders if contender.engine}):
-        if _has_engine(files.bundle, backend, precision):
+        if _has_engine(files.bundle, backend, precision, device):
             continue
         progress(f"{files.name}: building {backend} {precision}")
         try:
-            _run_apart(_build, files.bundle, backend, precision, threads)
-        except RestyleDeployError as error:
+            _run_apart(_build, files.bundle, backend, precision, threads, device, tune)
+        except (RestyleDeployError, RuntimeError) as error:  # RuntimeError: the library's own, or its process died
             progress(f"{files.name}: {error}")
             refused[backend, precision] = str(error)
     return {contender.name: refused[contender.engine] for contender in contenders if contender.engine in refused}
@@ -97,16 +124,20 @@ def load_inputs(name: str, golden: Path | None, shape: tuple[int, int], count: i
     return np.ascontiguousarray(images[np.arange(count) % len(images)])
 
 
-def _has_engine(directory: Path, backend: str, precision: str) -> bool:
+def _has_engine(directory: Path, backend: str, precision: str, device: str) -> bool:
     """Whether the bundle has an engine that can be used here as it is."""
     bundle = read_bundle(directory)
-    engine = find_engine(bundle, backend=backend, device="cpu", precision=precision)
+    engine = find_engine(bundle, backend=backend, device=device, precision=precision)
     if engine is None:
         return False
     try:
         module = load_backend(backend)
         check_engine(
-            bundle, engine, library_versions=module.library_versions(), processors=module.processors(engine.device)
+            bundle,
+            engine,
+            library_versions=module.library_versions(),
+            processors=module.processors(engine.device),
+            plugin_hash=module.plugin_hash(),
         )
     except (BackendUnavailableError, BundleError):
         return False
@@ -125,7 +156,8 @@ def _export(checkpoint: Path, bundle: Path) -> None:
     export_checkpoint(checkpoint, bundle)
 
 
-def _build(bundle: Path, backend: str, precision: str, threads: int | None) -> None:
+def _build(bundle: Path, backend: str, precision: str, threads: int | None, device: str, tune: bool) -> None:
     from restyle_deploy.build import BuildOptions, build_engine
 
-    build_engine(bundle, BuildOptions(backend=backend, precision=precision, tune=True, threads=threads))
+    options = BuildOptions(backend=backend, device=device, precision=precision, tune=tune, threads=threads)
+    build_engine(bundle, options)

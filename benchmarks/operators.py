@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ import onnxruntime as ort
 
 from restyle_deploy.backends.base import RunnerOptions
 from restyle_deploy.backends.onnxruntime import create_settings
-from restyle_deploy.bundle import Bundle, EngineRecord, find_engine, read_bundle
+from restyle_deploy.bundle import EngineRecord, find_engine, read_bundle
 from restyle_deploy.graph.edit import array_of, sizes_of
 from restyle_deploy.processor import describe_processor, usable_cores
 
@@ -46,7 +47,7 @@ def main(directory: Path, output: Path | None, threads: int | None) -> None:
         "openvino": _profile_openvino,
     }
     for name in bundle.graphs:
-        products = _count_products(bundle, name)
+        products = sum(layer.products for layer in layers_of(bundle.graphs[name].path))
         text.append(
             f"### {name}\n\nAs exported: {products / 1e9:.1f} GMAC in convolutions and linear layers, "
             f"{products / ceiling * 1e3:.0f} ms at the ceiling."
@@ -69,17 +70,46 @@ def _format_profile(backend: str, operators: Mapping[str, float]) -> str:
     return "\n".join([f"| {backend}, {total:.0f} ms | ms | share |", "|---|---:|---:|", *lines])
 
 
-def _count_products(bundle: Bundle, name: str) -> float:
-    """Return the multiplications of a graph as exported, for one image."""
-    total = 0.0
-    for node in ir.load(bundle.graphs[name].path).graph:
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A convolution or linear layer, for one image.
+
+    Attributes:
+        products: multiplications.
+        weights: elements of the weight.
+        activations: elements that it reads and writes.
+    """
+
+    products: float
+    weights: float
+    activations: float
+
+
+def layers_of(graph: Path) -> list[Layer]:
+    """Return the convolutions and linear layers of a graph as exported."""
+    layers = []
+    for node in ir.load(graph).graph:
         weight = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
         if weight is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
             continue
+        read, written = (_sizes_of_image(value) for value in (node.inputs[0], node.outputs[0]))
         # Each weight meets each pixel: of the input in a transposed convolution, of the output in the others.
-        sizes = sizes_of(node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]) or ()
-        total += float(weight.size) * float(np.prod(sizes[1:]))
-    return total
+        pixels = np.prod((read if node.op_type == "ConvTranspose" else written)[1:])
+        layers.append(
+            Layer(
+                products=float(weight.size * pixels),
+                weights=float(weight.size),
+                activations=float(np.prod(read) + np.prod(written)),
+            )
+        )
+    return layers
+
+
+def _sizes_of_image(value: ir.Value | None) -> tuple[int, ...]:
+    sizes = sizes_of(value)
+    if sizes is None:
+        raise ValueError(f"the graph does not tell the shape of {value}")
+    return sizes
 
 
 def _measure_ceiling(options: RunnerOptions) -> float:

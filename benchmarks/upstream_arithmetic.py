@@ -23,6 +23,7 @@ from restyle_deploy.models.generator import (
 )
 from restyle_deploy.models.restyle import RestyleModel
 from restyle_deploy.ops.fused_bias_act import fused_bias_act
+from restyle_deploy.ops.switch import active_kernels
 from restyle_deploy.ops.upfirdn2d import Pads
 
 
@@ -98,7 +99,14 @@ def _modulated_conv(conv: ModulatedConv2d, x: Tensor, style: Tensor) -> Tensor:
 
 
 def upfirdn2d_native(x: Tensor, kernel: Tensor, *, up: int = 1, pads: Pads) -> Tensor:
-    """Insert zeros, pad and filter, each channel as an image of its own: [N, C, H, W] -> [N, C, H', W']."""
+    """Insert zeros, pad and filter, each channel as an image of its own: [N, C, H, W] -> [N, C, H', W'].
+
+    Inside `ops.switch.use_cuda_kernels` our kernel stands for the one that upstream compiles where it finds a GPU.
+    """
+    kernels = active_kernels(x)
+    if kernels is not None:
+        filtered: Tensor = kernels.upfirdn2d(x, kernel, up=up, pads=pads)
+        return filtered
     batch, channels, height, width = x.shape
     top, left, bottom, right = pads
     x = x.reshape(-1, 1, height, 1, width, 1)

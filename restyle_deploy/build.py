@@ -24,7 +24,9 @@ from restyle_deploy.files import (
     remove_abandoned_directories,
     sha256_of_file,
 )
-from restyle_deploy.runtime.session import Session, load_graphs
+from restyle_deploy.runtime.loop import load_graphs
+from restyle_deploy.runtime.opening import on_device, open_device
+from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
 from restyle_deploy.workbench import Workbench
 
@@ -167,8 +169,12 @@ def _verify(bundle: Bundle, backend: Backend, built: BuiltGraphs, *, options: Bu
     exact = {role: graph for role, graph in built.graphs.items() if role != "preview"}
     description = {"precision": options.precision, "preview_steps": False}
     expectation = load_expectation(bundle.expectation)
-    graphs = load_graphs(backend, exact, options.runner, built.weights)
-    with Session(bundle, graphs, description, batches=batches) as session:
+    with ExitStack() as opened:
+        device = open_device(options.runner.device)
+        opened.callback(device.close)
+        graphs = load_graphs(backend, exact, on_device(options.runner, device), built.weights)
+        opened.pop_all()  # the session closes the device
+    with Session(bundle, graphs, description, batches=batches, device=device) as session:
         check_parity(compare_with_expectation(session, expectation), f"the engine for {options.backend}")
     if "preview" in built.graphs:
         latents = np.repeat(expectation.latents[0, :1], batches[0], axis=0)

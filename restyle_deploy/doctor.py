@@ -24,7 +24,7 @@ class Job:
 
     Attributes:
         extra: the extra of this package that installs `packages`; None where there are none.
-        packages: those of the extra; without ONNX Runtime, for which any backend will do, and without other extras'.
+        packages: those of the extra, but for the library of a backend that any other can stand in for.
         backend_needed: any one backend will do.
     """
 

@@ -88,8 +88,11 @@ def invert_with_model(
         if every_step:
             kept.append((result.image.numpy(), result.latent.numpy()))
     if not every_step:
-        return InversionResult(images=result.image.numpy(), latents=result.latent.numpy())
-    return InversionResult(images=np.stack([image for image, _ in kept]), latents=np.stack([code for _, code in kept]))
+        return InversionResult(
+            images=result.image.numpy(), latents=result.latent.numpy(), current=result.current.numpy()
+        )
+    images, latents = (np.stack(arrays) for arrays in zip(*kept, strict=True))
+    return InversionResult(images=images, latents=latents, current=result.current.numpy())
 
 
 class _GraphReader:

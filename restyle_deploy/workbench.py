@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
 from restyle_deploy.device_array import Array
 from restyle_deploy.errors import DeviceError
 from restyle_deploy.runtime.base import Device
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.opening import on_device, open_device
 from restyle_deploy.tensors import TensorSpec
 
 LOGGER = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class Workbench:
         self._owned = ExitStack()
         self._device: Device = open_device(options.device)
         self._owned.callback(self._device.close)
-        self.options = options if self._device.is_host else replace(options, queue=self._device)
+        self.options = on_device(options, self._device)
         self.runs_per_call = 1 if self._device.is_host else gpu_runs
 
     def load(

@@ -125,6 +125,11 @@ class RecordingDevice:
         """Return how often each kind of call was made."""
         return Counter(name for name, *_ in self.calls)
 
+    @property
+    def names(self) -> list[str]:
+        """The kinds of calls, in their order."""
+        return [name for name, *_ in self.calls]
+
     def put(self, values: NDArray[Any]) -> DeviceArray:
         """Return a caller's array on the device."""
         block = self._allocate(values.nbytes, is_pinned=False)
@@ -222,7 +227,9 @@ class RecordingDevice:
         return RecordedReplay(self, work)
 
     def external_array(self, source: Any, *, stream: int | None = None) -> DeviceArray | None:
-        self.note("external array", stream)
+        self.note("external array")
+        if stream is not None:
+            self.wait_for_stream(stream)
         return source if isinstance(source, DeviceArray) else None
 
     def reserve_scratch(self, nbytes: int) -> None:

@@ -27,6 +27,7 @@ from restyle_deploy.backends.base import (
 )
 from restyle_deploy.build import BuildOptions, build_engine, describe_build
 from restyle_deploy.bundle import EngineRecord, open_bundle, read_bundle
+from restyle_deploy.device_array import Array
 from restyle_deploy.engines import Batches, batches_of_build
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
 from restyle_deploy.files import sha256_of_file
@@ -138,7 +139,7 @@ class SpyRunner:
     def __init__(self, runner: Any, seconds: float, batches: Batches) -> None:
         self._runner, self._seconds, self._batches = runner, seconds, batches
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         (least, most), sizes = self._batches, {len(array) for array in buffers.values()}
         assert all(least <= size <= (most or size) for size in sizes)
         run = self._runner.bind(buffers)

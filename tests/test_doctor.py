@@ -176,7 +176,9 @@ def test_jobs_agree_with_the_extras(project_root: Path) -> None:
         extra = project["optional-dependencies"][job.extra]
         requirements = dict(requirement.split(">=") for requirement in extra if ">=" in requirement)
         stated = {name: ".".join(map(str, lowest)) for name, lowest in job.packages.items()}
-        assert stated == {name: lowest for name, lowest in requirements.items() if name not in libraries}
+        # Of the backends' libraries any will do, but for torch, which is more than a backend.
+        others = {name: lowest for name, lowest in requirements.items() if name == "torch" or name not in libraries}
+        assert stated == others
     assert {row.extra for row in BACKENDS.values()} <= project["optional-dependencies"].keys()
     defaults = {re.split("[>;]", requirement)[0] for requirement in project["dependencies"]}
     assert set(doctor.DEFAULT_PACKAGES) == defaults - {"tomli"}

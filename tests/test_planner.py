@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
 from restyle_deploy.backends import BACKENDS
 from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
+from restyle_deploy.device_array import Array
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
 from restyle_deploy.planner import (
@@ -64,10 +64,12 @@ class TimedBackend(MadeUpBackend):
 class TimedRunner:
     """Satisfies `Runner`."""
 
+    is_capturable = True
+
     def __init__(self, backend: TimedBackend, seconds: float) -> None:
         self._backend, self._seconds = backend, seconds
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         def run() -> None:
             self._backend.ran += 1
             time.sleep(self._seconds)
@@ -110,7 +112,7 @@ class WatchedBackend(TimedBackend):
         runner = super().load(file)
         bind = runner.bind
 
-        def watch(buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        def watch(buffers: Mapping[str, Array]) -> Callable[[], None]:
             self.batches.update(len(buffer) for buffer in buffers.values())
             return bind(buffers)
 

@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
 from restyle_deploy.backends.cuda_devices import device_arrays, end_capture, find_devices, find_processor, index_of
+from restyle_deploy.cuda_driver import current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.tensors import TensorSpec
@@ -180,7 +181,14 @@ class OnnxRuntimeCudaRunner:
         if self._graphs_left > 0:
             graph = MOST_GRAPHS - self._graphs_left + 1  # 0 is ONNX Runtime's own
             self._graphs_left -= 1
-        return _BoundRun(self._session, binding, tuple(arrays.values()), stream=self._queue.stream, graph=graph)
+        return _BoundRun(
+            self._session,
+            binding,
+            tuple(arrays.values()),
+            stream=self._queue.stream,
+            context=primary_context(index_of(self._device)),
+            graph=graph,
+        )
 
     def close(self) -> None:
         """Release the graph; safe to call twice."""
@@ -201,21 +209,24 @@ class _BoundRun:
         buffers: tuple[DeviceArray, ...],
         *,
         stream: int,
+        context: int,
         graph: int | None,
     ) -> None:
-        self._session, self._binding, self._buffers, self._stream = session, binding, buffers, stream
+        self._session, self._binding, self._buffers = session, binding, buffers
+        self._stream, self._context = stream, context
         self._plain = _run_options(-1)
         self._captured = _run_options(graph) if graph is not None else None
         self._thread: int | None = None
 
     def __call__(self) -> None:
-        if self._captured is None:
-            self._session.run_with_iobinding(self._binding, self._plain)
-        elif self._thread is None:
-            self._capture(self._captured)
-        else:
-            is_captured = self._thread == threading.get_ident()
-            self._session.run_with_iobinding(self._binding, self._captured if is_captured else self._plain)
+        with current_context(self._context):  # a run makes its device the thread's, and leaves it at that
+            if self._captured is None:
+                self._session.run_with_iobinding(self._binding, self._plain)
+            elif self._thread is None:
+                self._capture(self._captured)
+            else:
+                is_captured = self._thread == threading.get_ident()
+                self._session.run_with_iobinding(self._binding, self._captured if is_captured else self._plain)
 
     def _capture(self, options: ort.RunOptions) -> None:
         self._thread = threading.get_ident()
@@ -238,7 +249,8 @@ def _run_options(graph: int) -> ort.RunOptions:
 
 def _open(file: Path, settings: ort.SessionOptions, provider: Mapping[str, str]) -> ort.InferenceSession:
     # Its own fallback prints to stdout.
-    return ort.InferenceSession(str(file), settings, providers=[(PROVIDER, dict(provider))], enable_fallback=0)
+    with current_context(primary_context(int(provider["device_id"]))):  # as in a run
+        return ort.InferenceSession(str(file), settings, providers=[(PROVIDER, dict(provider))], enable_fallback=0)
 
 
 def _release() -> tuple[int, ...]:

@@ -160,7 +160,7 @@ class PyTorchRunner:
         """Take a module from the inputs to a tuple of the outputs, both in the order of the specs."""
         self._module: Callable[..., Any] | None = module
         self._inputs, self._outputs = inputs, outputs
-        self._execution = execution
+        self._execution: Execution | None = execution
 
     def bind(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
         """Bind buffers of the device; see `Runner.bind`.
@@ -171,7 +171,7 @@ class PyTorchRunner:
         Raises:
             TypeError, ValueError: the buffers lie in the memory of another device, or the runner is closed.
         """
-        if self._module is None:
+        if self._module is None or self._execution is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._inputs + self._outputs)
         tensors = self._execution.tensors_of(buffers)
@@ -184,8 +184,8 @@ class PyTorchRunner:
         )
 
     def close(self) -> None:
-        """Release the graph; safe to call twice."""
-        self._module = None
+        """Release the graph, and memory of runs once no bound one is left; safe to call twice."""
+        self._module = self._execution = None
 
 
 class _BoundRun:

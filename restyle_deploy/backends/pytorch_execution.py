@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -20,8 +21,9 @@ from restyle_deploy.device_array import Array, DeviceArray
 # Torch's settings of convolutions belong to the process: sessions that enqueue with others take turns.
 _SETTINGS = threading.RLock()
 _CONVOLUTIONS = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - it is there, and not in torch's types
-# The memory of all graphs on one queue: they run one after the other, so what one leaves the next one takes.
-_POOLS: WeakKeyDictionary[Queue, Any] = WeakKeyDictionary()
+# The memory of all graphs on one queue: they run one after the other, so what one leaves the next one takes. It is
+# theirs: with the last of them it goes back, though the queue may live on, with results that lie on the device.
+_POOLS: WeakKeyDictionary[Queue, weakref.ref[Any]] = WeakKeyDictionary()
 
 
 class Execution(Protocol):
@@ -63,7 +65,7 @@ class HostExecution:
 class CudaExecution:
     """On a GPU, enqueued on the session's stream.
 
-    All memory of a run comes from a pool that lives as long as the session's queue and serves nothing else. A CUDA
+    All memory of a run comes from a pool that serves the graphs of one queue and lives as long as one of them. A CUDA
     graph that has recorded a run keeps the addresses: whatever other code in the process allocates later, they stay its
     own. Runs that share the pool do not meet, as they are on one stream.
     """
@@ -78,11 +80,15 @@ class CudaExecution:
         self._tf32 = options.precision == "tf32"
         index = index_of(options.device)
         self._stream = torch.cuda.ExternalStream(self._queue.stream, device=index)
-        if self._queue not in _POOLS:
+        found = _POOLS.get(self._queue)
+        pool = None if found is None else found()
+        if pool is None:
             with torch.cuda.device(index):
-                _POOLS[self._queue] = torch.cuda.MemPool()
+                self._pool = torch.cuda.MemPool()
+            _POOLS[self._queue] = weakref.ref(self._pool)
             self._create_workspace()
-        self._pool = _POOLS[self._queue]
+        else:
+            self._pool = pool
 
     def tensors_of(self, buffers: Mapping[str, Array]) -> dict[str, Tensor]:
         """Return views of device arrays."""
@@ -103,8 +109,13 @@ class CudaExecution:
             yield
 
     def _create_workspace(self) -> None:
-        """Let cuBLAS allocate what it keeps for a stream: outside the pool, which could not be given back otherwise."""
-        with torch.cuda.device(index_of(self._device)), torch.cuda.stream(self._stream):
+        """Let cuBLAS allocate what it keeps for a stream, before anything else: a piece of the pool of its own.
+
+        CUDA graphs keep its address, and torch frees it while they live: when other code of the process captures graphs
+        or, in some versions, when a thread ends (pytorch/pytorch issues 192061 and 193402). What is freed goes back to
+        where it came from, and from this pool only runs on this stream take it.
+        """
+        with self.scope(), torch.inference_mode():
             ones = torch.ones(16, 16, device=self._device)
             functional.linear(ones, ones, ones[0])
             torch.bmm(ones[None], ones[None])
@@ -125,9 +136,14 @@ class _Interface:
 
 @contextmanager
 def _arithmetic(*, tf32: bool) -> Iterator[None]:
-    """Let convolutions be those that measure fastest, in TF32 or not; matrix products, which are small, never are."""
+    """Let convolutions be those that measure fastest, in TF32 or not; matrix products, which are small, never are.
+
+    Of those that give the same bits each time: sums in any order, by atomic additions, would make a replay differ from
+    the run that it has recorded.
+    """
     settings: tuple[tuple[Any, str, Any], ...] = (
         (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "deterministic", True),
         (_CONVOLUTIONS, "fp32_precision", "tf32" if tf32 else "ieee"),
         (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
     )

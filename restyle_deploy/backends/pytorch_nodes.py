@@ -203,9 +203,7 @@ def _resize_to(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _resize(node: Reader) -> Any:
-    texts = {
-        name: node.node.attributes[name].as_string() for name in ("mode", "coordinate_transformation_mode")
-    }  # fmt: skip
+    texts = {name: node.node.attributes[name].as_string() for name in ("mode", "coordinate_transformation_mode")}
     is_ours = texts == {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
     node.require(is_ours and len(node.node.inputs) == 4, f"the attributes {texts}")
     return node.call(_resize_to, node[0], node[3])

@@ -105,10 +105,9 @@ class TensorRtRunner:
         self.is_capturable = True
         self._inputs, self._outputs = inputs, outputs
         self._device, self._cuda = device, primary_context(index_of(device))
-        self._loaded: LoadedEngine | None = loaded
         self._queue = queue
         with current_context(self._cuda):
-            self._settings = _ContextSettings(loaded, cache)
+            self._settings: _ContextSettings | None = _ContextSettings(loaded, cache)
         self._contexts: WeakValueDictionary[int, _Context] = WeakValueDictionary()
         queue.reserve_scratch(int(loaded.engine.device_memory_size_v2))
 
@@ -119,10 +118,10 @@ class TensorRtRunner:
             ShapeError: a buffer does not fit, or the batch lies outside the engine's profile.
             BuildError: there is no execution context to be had, for want of memory mostly.
         """
-        if self._loaded is None:
+        if self._settings is None:
             raise ValueError("the runner is closed")
         check_buffers(buffers, self._inputs + self._outputs)
-        least, most = self._loaded.batches(self._inputs[0].name)
+        least, most = self._settings.loaded.batches(self._inputs[0].name)
         batch = buffers[self._inputs[0].name].shape[0]
         if not least <= batch <= most:
             raise ShapeError(
@@ -134,30 +133,27 @@ class TensorRtRunner:
         if context is None:
             shapes = {spec.name: spec.concrete_shape(batch) for spec in self._inputs}
             with current_context(self._cuda):
-                context = self._contexts[batch] = _Context(self._loaded, self._settings, shapes, queue=self._queue)
+                context = self._contexts[batch] = _Context(self._settings, shapes, queue=self._queue)
         return _BoundRun(self, context, arrays, cuda=self._cuda)
 
     def close(self) -> None:
         """Wait, release the engine, and keep what the device compiled for the next time; safe to call twice."""
-        if self._loaded is None:
+        if self._settings is None:
             return
         with current_context(self._cuda):
             call("cuStreamSynchronize", self._queue.stream)
             self._settings.save()
-            self._loaded = None
+            self._settings = None
 
 
 class _Context:
     """An execution context for one batch size, in the queue's working memory."""
 
-    def __init__(
-        self, loaded: LoadedEngine, settings: "_ContextSettings", shapes: Mapping[str, tuple[int, ...]], *, queue: Queue
-    ) -> None:
-        self._loaded, self._queue = loaded, queue
+    def __init__(self, settings: "_ContextSettings", shapes: Mapping[str, tuple[int, ...]], *, queue: Queue) -> None:
+        self._loaded, self._queue = settings.loaded, queue
         self._context = settings.create_context()
-        loaded.require(self._context is not None, "create an execution context")
         for name, shape in shapes.items():
-            loaded.require(self._context.set_input_shape(name, shape), f"take {list(shape)} for {name}")
+            self._loaded.require(self._context.set_input_shape(name, shape), f"take {list(shape)} for {name}")
         self._has_memory = False
         self._bound: object = None
 
@@ -201,16 +197,16 @@ class _BoundRun:
     def __call__(self) -> None:
         with current_context(self._cuda):  # any thread may call, with another device of its own
             self._context.enqueue(self._arrays, self._token)
-        if not self._has_run:
-            self._has_run = True
-            self._runner.is_capturable = self._runner.is_capturable and self._context.is_capturable()
+            if not self._has_run:
+                self._has_run = True
+                self._runner.is_capturable = self._runner.is_capturable and self._context.is_capturable()
 
 
 class _ContextSettings:
     """How contexts are made, and what TensorRT for RTX compiles for a device meanwhile, kept in a file."""
 
     def __init__(self, loaded: LoadedEngine, path: Path | None) -> None:
-        trt, self._engine, self._path = loaded.trt, loaded.engine, path
+        trt, self.loaded, self._path = loaded.trt, loaded, path
         self._given = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._cache: Any = None
         if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
@@ -229,8 +225,10 @@ class _ContextSettings:
             config.set_runtime_cache(self._cache)
 
     def create_context(self) -> Any:
-        """Return a new execution context without memory; None where the library refuses."""
-        return self._engine.create_execution_context(self._given)
+        """Return a new execution context without memory; raise `BuildError` if the library refuses."""
+        context = self.loaded.engine.create_execution_context(self._given)
+        self.loaded.require(context is not None, "create an execution context")
+        return context
 
     def save(self) -> None:
         """Write the file if there is more to keep than it has; a bundle that cannot be written stays as it is."""

@@ -79,6 +79,7 @@ def invert(
             precision=precision,
             plain=plain,
             preview_steps=preview_steps,
+            max_batch=batch_size,
         ) as session,
         tqdm(total=len(inputs), unit="image", file=sys.stderr, disable=None) as bar,
     ):

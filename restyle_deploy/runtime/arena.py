@@ -68,12 +68,20 @@ class Arrays:
     def __init__(self, device: Device, block: Block, places: Mapping[str, Place], *, begin: int = 0) -> None:
         """Place them `begin` bytes into the block."""
         self._device, self._block, self._places, self._begin = device, block, places, begin
+        self._parts: dict[tuple[str, int, int], Array] = {}  # a call asks for a dozen, the same as the last one
 
     def part(self, name: str, first: int, last: int) -> Array:
         """Return the rows `first` to `last` (exclusive) of an array: a view that owns nothing."""
-        place = self._places[name]
-        offset = self._begin + place.offset + first * place.row_bytes
-        return self._device.array(self._block, offset, (last - first, *place.shape), place.dtype)
+        key = (name, first, last)
+        if key not in self._parts:
+            place = self._places[name]
+            offset = self._begin + place.offset + first * place.row_bytes
+            self._parts[key] = self._device.array(self._block, offset, (last - first, *place.shape), place.dtype)
+        return self._parts[key]
+
+    def close(self) -> None:
+        """Let go of the views, which keep the host's memory; safe to call twice."""
+        self._parts.clear()
 
     def shaped(self, name: str, leading: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> Array:
         """Return the begin of an array in another shape or dtype, which must not be larger."""
@@ -106,18 +114,24 @@ class State:
         """Return images `first` to `last` (exclusive) of an array: a view."""
         return self.arrays.part(name, first, last)
 
+    def close(self) -> None:
+        """Let go of the views; safe to call twice."""
+        self.arrays.close()
+
     @property
     def names(self) -> frozenset[str]:
         """Names of its arrays."""
         return frozenset(self._places)
 
-    def average(self, name: str, batch: int) -> Array:
-        """Return `AVERAGE_LATENT` or `AVERAGE_CURRENT`, once per image of the batch."""
+    def set_average(self, batch: int) -> None:
+        """Enqueue the copy of the average to where a loop of so many images starts."""
+        averages = {LATENTS[0]: AVERAGE_LATENT, "current": AVERAGE_CURRENT}
         for row in range(self._average_rows, batch):
-            for each in (AVERAGE_LATENT, AVERAGE_CURRENT):
-                self._device.copy(self.part(each, row, row + 1), self.part(each, 0, 1))
+            for average in averages.values():
+                self._device.copy(self.part(average, row, row + 1), self.part(average, 0, 1))
         self._average_rows = max(self._average_rows, batch)
-        return self.part(name, 0, batch)
+        for name, average in averages.items():
+            self._device.copy(self.part(name, 0, batch), self.part(average, 0, batch))
 
 
 def state_shapes(bundle: Bundle, graphs: Mapping[str, GraphRecord]) -> dict[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ class Device(Protocol):
         ...
 
     def array(self, block: Block, offset: int, shape: tuple[int, ...], dtype: str) -> Array:
-        """Return a view of a block, `offset` bytes in, that owns nothing: NumPy's of host memory, else `DeviceArray`."""
+        """Return a view of a block, `offset` bytes in, which owns nothing: NumPy's of host memory."""
         ...
 
     def copy(self, destination: Array, source: Array) -> None:

@@ -1,9 +1,11 @@
 """What a caller asks of a session -> a call, checked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from restyle_deploy.device_array import Array
 from restyle_deploy.model_config import ModelConfig
@@ -47,17 +49,29 @@ class Inputs:
 
     def part(self, first: int, last: int) -> "Inputs":
         """Return those of the images `first` to `last` (exclusive)."""
-        parts = {name: part_of(array, first, last) for name, array in self._given().items()}
-        return replace(self, **parts)
+        if (first, last) == (0, len(self.images)):
+            return self
+        return Inputs(**{name: part_of(array, first, last) for name, array in self._given().items()})
+
+    def reserve(self, slot: Slot) -> None:
+        """Have pinned memory of a slot for what is on the host."""
+        on_host = self._on_host()
+        if on_host:
+            slot.reserve(array.nbytes for array in on_host.values())
 
     def staged(self, slot: Slot) -> "Inputs":
         """Return them with what is on the host in the slot's pinned memory."""
-        on_host = {name: array for name, array in self._given().items() if isinstance(array, np.ndarray)}
-        return replace(self, **slot.stage(on_host))
+        on_host = self._on_host()
+        return replace(self, **slot.stage(on_host)) if on_host else self
+
+    def _on_host(self) -> dict[str, NDArray[Any]]:
+        return {name: array for name, array in self._given().items() if isinstance(array, np.ndarray)}
 
     def _given(self) -> dict[str, Array]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        given = {"images": self.images}
+        if self.latents is not None and self.current is not None:
+            given |= {"latents": self.latents, "current": self.current}
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +186,10 @@ class Rules:
             return *check_start(start.latents, start.current, self.config, count), ()
         if not isinstance(start, DeviceInversion):
             raise TypeError(f"start is a {type(start).__name__}, expected a result of Session.invert")
+        device = f"cuda:{start.latents.device_index}"
+        if device != self.device.name:
+            raise ValueError(f"start: it is on {device}, the session is on {self.device.name}; open both on one device")
         latents, current = self.find_array(start.latents, None), self.find_array(start.current, None)
-        if self.device.is_host or latents is None:
-            raise ValueError(
-                f"start: it is on cuda:{start.latents.device_index}, the session is on {self.device.name}; "
-                "open both on one device"
-            )
+        assert latents is not None
         streams = () if start.latents.stream == self.device.stream else (start.latents.stream,)
         return *check_start(latents, current, self.config, count), streams

@@ -8,7 +8,7 @@ import numpy as np
 
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.device_array import Array
-from restyle_deploy.runtime.arena import AVERAGE_CURRENT, AVERAGE_LATENT, LATENTS
+from restyle_deploy.runtime.arena import LATENTS
 from restyle_deploy.runtime.base import Device, Event
 from restyle_deploy.runtime.calls import Call, Inputs
 from restyle_deploy.runtime.loop import LoadedGraph, LoopCache
@@ -115,7 +115,8 @@ class Execution:
         """Enqueue a call whose images are on the device, and return its results, which are there too."""
         with self._lock:
             lease = self._memory.slots.lease(call.count * call.kept)
-            results = DeviceResults(self._device, lease.slot, call, self._memory.shapes)
+            results = self._device_results(lease.slot, call)
+            call.inputs.reserve(lease.slot)
         inputs = call.inputs.staged(lease.slot)
         timings = []
         with self._lock:
@@ -159,7 +160,9 @@ class Execution:
         last = min(first + call.max_batch, call.count)
         with self._lock:
             lease = self._memory.slots.lease((last - first) * call.kept)
-        inputs = call.inputs.part(first, last).staged(lease.slot)
+            inputs = call.inputs.part(first, last)
+            inputs.reserve(lease.slot)
+        inputs = inputs.staged(lease.slot)
         with self._lock:
             timings = self._enqueue(call, inputs, first, lease.slot, results)
             assert lease.slot.event is not None
@@ -169,10 +172,12 @@ class Execution:
         """Enqueue one run; with timing, wait for it and return its times."""
         device, state, count = self._device, self._memory.state, len(inputs.images)
         batch = max(self._least_batch, count)
-        loop = self.loops.loop(batch=batch, steps=call.steps, every_step=call.every_step)
+        loop = self.loops.loop(
+            batch=batch, steps=call.steps, every_step=call.every_step, from_average=inputs.latents is None
+        )
         timed = self._timing_enabled
         try:
-            if call.stream is not None:
+            if call.stream is not None and not call.is_on_device:  # else the queue waits since the array was found
                 device.wait_for_stream(call.stream)
             marks = [device.record(timing=True)] if timed else []
             self._set_target(inputs.images, slot, batch)
@@ -200,16 +205,11 @@ class Execution:
         self._fill("target", count, batch)
 
     def _set_start(self, inputs: Inputs, batch: int) -> None:
-        """Enqueue where the loop starts: the average, or what is given."""
-        state, count = self._memory.state, len(inputs.images)
-        for name, average, given in (
-            (LATENTS[0], AVERAGE_LATENT, inputs.latents),
-            ("current", AVERAGE_CURRENT, inputs.current),
-        ):
-            if given is None:
-                self._device.copy(state.part(name, 0, batch), state.average(average, batch))
-            else:
-                self._device.copy(state.part(name, 0, count), given)
+        """Enqueue where the loop starts, if it is given; else the loop takes the average."""
+        count = len(inputs.images)
+        for name, given in ((LATENTS[0], inputs.latents), ("current", inputs.current)):
+            if given is not None:
+                self._device.copy(self._memory.state.part(name, 0, count), given)
                 self._fill(name, count, batch)
 
     def _fill(self, name: str, count: int, batch: int) -> None:
@@ -217,6 +217,13 @@ class Execution:
             self._device.copy(
                 self._memory.state.part(name, row, row + 1), self._memory.state.part(name, count - 1, count)
             )
+
+    def _device_results(self, slot: Slot, call: Call) -> DeviceResults:
+        """Return a slot's arrays for the results of a call; the same as for the last call like this."""
+        key = (call.count, call.kept, call.every_step, call.is_pixels)
+        if slot.views is None or slot.views[0] != key:
+            slot.views = (key, DeviceResults(self._device, slot, call, self._memory.shapes))
+        return slot.views[1]
 
     def _keep_alive(self, event: Event, kept: object) -> None:
         """Hold what a caller's array lies in until it has been read; let go of what has been."""

@@ -81,6 +81,7 @@ class BoundGraphs:
     latent of its own instead, in a block that this owns.
 
     Attributes:
+        state, batch, steps_kept: what they are bound to.
         target_runs: once per call.
         encoder_runs, generator_runs, preview_runs: by turn; no previews where the generator renders every step.
     """
@@ -97,7 +98,7 @@ class BoundGraphs:
             batch: images of one run.
             steps_kept: steps whose results are kept; 0 for the last one only, as a preview has no image.
         """
-        self._state, self._batch, self._steps_kept = state, batch, steps_kept
+        self.state, self.batch, self.steps_kept = state, batch, steps_kept
         self._kept = _KeptSteps(device, graphs, batch=batch, steps=steps_kept) if steps_kept else None
         shared = {name: state.part(name, 0, batch) for name in state.names}
         self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
@@ -114,8 +115,8 @@ class BoundGraphs:
 
     def results(self, steps: int, count: int) -> list[tuple[Array, Array]]:
         """Return (image, latent) of the first `count` images, for each step that is kept: views."""
-        if self._steps_kept:
-            return [(self._image(step, count), self._latent(step + 1, count)) for step in range(self._steps_kept)]
+        if self.steps_kept:
+            return [(self._image(step, count), self._latent(step + 1, count)) for step in range(self.steps_kept)]
         return [(self._image(0, count), self._latent(steps, count))]
 
     def close(self) -> None:
@@ -125,15 +126,15 @@ class BoundGraphs:
 
     def _image(self, step: int, count: int) -> Array:
         if self._kept is None:
-            return self._state.part("image", 0, count)
-        first = step * self._batch
+            return self.state.part("image", 0, count)
+        first = step * self.batch
         return self._kept.arrays.part("image", first, first + count)
 
     def _latent(self, step: int, count: int) -> Array:
         """Return what step `step`, counted from 1, has written; 0 for what the first one reads."""
         if self._kept is None or step == 0:
-            return self._state.part(LATENTS[step % len(LATENTS)], 0, count)
-        first = (step - 1) * self._batch
+            return self.state.part(LATENTS[step % len(LATENTS)], 0, count)
+        first = (step - 1) * self.batch
         return self._kept.arrays.part("latent", first, first + count)
 
 
@@ -149,10 +150,13 @@ class _KeptSteps:
 
 
 class Loop:
-    """So many steps of bound graphs."""
+    """So many steps of bound graphs, from the average or from what the state holds."""
 
-    def __init__(self, device: Device, graphs: BoundGraphs, *, steps: int, timing_enabled: bool) -> None:
+    def __init__(
+        self, device: Device, graphs: BoundGraphs, *, steps: int, from_average: bool, timing_enabled: bool
+    ) -> None:
         self.graphs, self.steps = graphs, steps
+        self._from_average = from_average
         self._device, self._timing_enabled = device, timing_enabled
         self._marks: list[Event] = []
         self._replay: Replay | None = None
@@ -166,7 +170,7 @@ class Loop:
         """Enqueue all steps: in one launch once it is recorded, before that one by one.
 
         Returns:
-            With timing, a mark after each run of the encoder (with that of the target's features before the first) and
+            With timing, a mark after each run of the encoder (before the first: the average, the target's features) and
             of the generator, in their order; the next run of this loop may use the same marks.
         """
         if self._replay is not None:
@@ -190,6 +194,8 @@ class Loop:
 
     def _enqueue(self) -> None:
         graphs, marks = self.graphs, []
+        if self._from_average:
+            graphs.state.set_average(graphs.batch)
         for run in graphs.target_runs:
             run()
         intermediate = graphs.preview_runs or graphs.generator_runs
@@ -207,7 +213,7 @@ class Loop:
 
 
 class LoopCache:
-    """The loops of a session, by batch size, steps and whether all steps are kept; the least recently used one goes."""
+    """The loops of a session, by batch size, steps, what is kept and the start; the least recently used one goes."""
 
     def __init__(
         self,
@@ -229,22 +235,23 @@ class LoopCache:
         self._timing_enabled = timing_enabled
         self._is_recording = capture
         self._batches_kept = HOST_BATCHES_KEPT if device.is_host else LOOPS_KEPT
-        self._loops: OrderedDict[tuple[int, int, bool], Loop] = OrderedDict()
+        self._loops: OrderedDict[tuple[int, int, bool, bool], Loop] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._loops)
 
-    def loop(self, *, batch: int, steps: int, every_step: bool) -> Loop:
+    def loop(self, *, batch: int, steps: int, every_step: bool, from_average: bool) -> Loop:
         """Return a loop; bound now if there is none."""
-        key = (batch, steps, every_step)
+        key = (batch, steps, every_step, from_average)
         if key not in self._loops:
-            bound = None if every_step else self._bound(batch)
-            self._shrink(is_binding=bound is None)
+            steps_kept = steps if every_step else 0
+            bound = self._bound(batch, steps_kept)
+            self._shrink(bound)
             if bound is None:
-                bound = BoundGraphs(
-                    self._device, self._state, self._graphs, batch=batch, steps_kept=steps if every_step else 0
-                )
-            self._loops[key] = Loop(self._device, bound, steps=steps, timing_enabled=self._timing_enabled)
+                bound = BoundGraphs(self._device, self._state, self._graphs, batch=batch, steps_kept=steps_kept)
+            self._loops[key] = Loop(
+                self._device, bound, steps=steps, from_average=from_average, timing_enabled=self._timing_enabled
+            )
         self._loops.move_to_end(key)
         return self._loops[key]
 
@@ -266,21 +273,21 @@ class LoopCache:
         while self._loops:
             self._drop()
 
-    def _bound(self, batch: int) -> BoundGraphs | None:
-        """Return the graphs that are bound for loops of a batch size that keep the last step only."""
-        loops = self._loops.items()
-        return next((loop.graphs for (size, _, every), loop in loops if size == batch and not every), None)
+    def _bound(self, batch: int, steps_kept: int) -> BoundGraphs | None:
+        """Return the graphs that are bound for loops of a batch size, and of the steps that are kept."""
+        bound = (loop.graphs for loop in self._loops.values())
+        return next((graphs for graphs in bound if (graphs.batch, graphs.steps_kept) == (batch, steps_kept)), None)
 
-    def _shrink(self, *, is_binding: bool) -> None:
-        """Make room for a loop, before graphs are bound for it: that is when memory is scarce."""
-        while len(self._loops) >= LOOPS_KEPT or (is_binding and self._count_bound() >= self._batches_kept):
-            self._drop()
+    def _shrink(self, kept: BoundGraphs | None) -> None:
+        """Make room for a loop of graphs that are bound, or for graphs before they are: then memory is scarce."""
+        while len(self._loops) >= LOOPS_KEPT or (kept is None and self._count_bound() >= self._batches_kept):
+            self._drop(kept=kept)
 
     def _count_bound(self) -> int:
         return len({id(loop.graphs) for loop in self._loops.values()})
 
-    def _drop(self) -> None:
+    def _drop(self, *, kept: BoundGraphs | None = None) -> None:
         _, loop = self._loops.popitem(last=False)
         loop.close()
-        if all(loop.graphs is not other.graphs for other in self._loops.values()):
+        if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
             loop.graphs.close()

@@ -60,6 +60,7 @@ class SessionMemory:
 
     def close(self) -> None:
         """Release all, at once or when the last lease ends; nothing may be in flight. Safe to call twice."""
+        self.state.close()
         self.slots.close()
 
     def _create_slot(self, rows: int, *, given: GivenMemory | None = None) -> Slot:

@@ -78,7 +78,7 @@ class DeviceResults:
     """
 
     def __init__(self, device: Device, slot: Slot, call: Call, shapes: Shapes) -> None:
-        self._device, self._call = device, call
+        self._device, self._count, self._is_pixels = device, call.count, call.is_pixels
         rows = (call.kept * call.count,)
         leading = (call.kept, call.count) if call.every_step else rows
         image = (_image_shape(call, shapes), _image_dtype(call))
@@ -89,9 +89,9 @@ class DeviceResults:
 
     def put(self, slot: Slot, step: int, first: int, image: Array, latent: Array) -> None:
         """See `Output`."""
-        row = step * self._call.count + first
-        images, latents = (part_of(rows, row, row + len(image)) for rows in (self._images, self._latents))
-        if self._call.is_pixels:
+        row = step * self._count + first
+        images, latents = self._part(self._images, row, image), self._part(self._latents, row, latent)
+        if self._is_pixels:
             self._device.pixels_from_images(image, images)
         else:
             self._device.copy(images, image)
@@ -99,7 +99,12 @@ class DeviceResults:
 
     def put_current(self, slot: Slot, first: int, current: Array) -> None:
         """See `Output`."""
-        self._device.copy(part_of(self._current, first, first + len(current)), current)
+        self._device.copy(self._part(self._current, first, current), current)
+
+    @staticmethod
+    def _part(rows: Array, first: int, like: Array) -> Array:
+        count = like.shape[0]
+        return rows if rows.shape[0] == count else part_of(rows, first, first + count)
 
 
 def _image_shape(call: Call, shapes: Shapes) -> tuple[int, ...]:

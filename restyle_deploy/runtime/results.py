@@ -72,10 +72,8 @@ class DeviceInversion:
     def __init__(
         self, arrays: Sequence[Array], lease: Lease, event: Event, *, timings: InversionTimings | None = None
     ) -> None:
-        """Take images, latents and current, which become owners of the slot."""
-        self._arrays: tuple[Array, ...] | None = tuple(
-            replace(array, owner=lease, ready=event) if isinstance(array, DeviceArray) else array for array in arrays
-        )
+        """Take images, latents and current, which own the slot from the moment on in which they are asked for."""
+        self._arrays: Sequence[Array] | None = arrays
         self._lease: Lease | None = lease
         self._event = event
         self.timings = timings
@@ -129,7 +127,7 @@ class DeviceInversion:
             raise ValueError("the inversion is closed; its arrays are to be taken before")
         array = self._arrays[index]
         assert isinstance(array, DeviceArray)
-        return array
+        return replace(array, owner=self._lease, ready=self._event)
 
 
 Inversion = InversionResult | DeviceInversion

@@ -1,10 +1,7 @@
 """A bundle opened on a backend: from images to images and latents."""
 
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,12 +12,13 @@ from restyle_deploy.bundle import Bundle
 from restyle_deploy.engines import ANY_BATCH, Batches
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.base import Device
-from restyle_deploy.runtime.calls import Call, Request, Rules
+from restyle_deploy.runtime.calls import Request, Rules
 from restyle_deploy.runtime.deployment import DEFAULT_STEPS
 from restyle_deploy.runtime.execution import Execution
 from restyle_deploy.runtime.host_device import HostDevice
 from restyle_deploy.runtime.loop import LoadedGraph
 from restyle_deploy.runtime.loop import load_graphs as load_graphs  # what a session is made of
+from restyle_deploy.runtime.open_calls import OpenCalls
 from restyle_deploy.runtime.opening import deployment_of, open_deployment
 from restyle_deploy.runtime.results import Inversion, PendingInversion
 from restyle_deploy.runtime.results import InversionResult as InversionResult  # of `Session.invert`
@@ -65,9 +63,7 @@ class Session:
         self.bundle = bundle
         self._description = description
         self._device = device or HostDevice()
-        self._calls = threading.Condition()
-        self._open_calls, self._is_closed = 0, False
-        self._worker: ThreadPoolExecutor | None = None
+        self._calls = OpenCalls()
         least, most = batches
         largest = max(least, min(max_batch or most or DEFAULT_MAX_BATCH, most or sys.maxsize))
         self._execution = Execution(
@@ -247,7 +243,7 @@ class Session:
             start=start,
             stream=stream,
         )
-        with self._calling():
+        with self._calls:
             call = self._rules.check(request)
             if call.is_on_device:
                 return self._execution.invert_on_device(call)
@@ -266,10 +262,11 @@ class Session:
         Raises:
             TypeError, ShapeError, ValueError, DeviceError: what `invert` refuses before it runs.
         """
-        with self._calling():
+        with self._calls:
             call = self._rules.check(Request(images=images, **options))
             if self._device.is_host or (call.count > call.max_batch and not call.is_on_device):
-                return self._in_background(call)
+                future = self._calls.run_later(lambda: self._execution.invert_to_host(call))
+                return PendingInversion(is_done=future.done, finish=future.result)
             return self._execution.start(call)
 
     def close(self) -> None:
@@ -277,11 +274,7 @@ class Session:
 
         Results on the device stay valid: they keep the memory until they are gone.
         """
-        with self._calls:
-            self._is_closed = True
-            self._calls.wait_for(lambda: self._open_calls == 0)
-        if self._worker is not None:
-            self._worker.shutdown()
+        self._calls.close()
         self._execution.close()
 
     def __enter__(self) -> "Session":
@@ -289,36 +282,3 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        self._begin_call()
-        try:
-            yield
-        finally:
-            self._end_call()
-
-    def _begin_call(self) -> None:
-        with self._calls:
-            if self._is_closed:
-                raise ValueError("the session is closed")
-            self._open_calls += 1
-
-    def _end_call(self) -> None:
-        with self._calls:
-            self._open_calls -= 1
-            self._calls.notify_all()
-
-    def _in_background(self, call: Call) -> PendingInversion[Inversion]:
-        def run() -> InversionResult:
-            try:
-                return self._execution.invert_to_host(call)
-            finally:
-                self._end_call()
-
-        self._begin_call()
-        with self._calls:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="restyle-deploy")
-            future = self._worker.submit(run)
-        return PendingInversion(is_done=future.done, finish=future.result)

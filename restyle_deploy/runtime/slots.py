@@ -1,9 +1,8 @@
 """Memory of one call that the next call must not touch yet: pinned staging, and results on the device."""
 
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -61,6 +60,7 @@ class Slot:
     Attributes:
         rows: images of all steps that are kept, as which results fit.
         event: reached when what was enqueued last has ended; None before that.
+        views: the arrays of the last results that stayed here, with what they were for, to be used again.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Slot:
         """
         self.rows = rows
         self.event: Event | None = None
+        self.views: tuple[object, Any] | None = None
         self._device = device
         self._places, result_bytes = place_arrays({name: shapes[name] for name in RESULTS}, rows)
         inputs = results = pinned_inputs = pinned_results = None
@@ -101,16 +102,21 @@ class Slot:
         """Return the bytes of the device, and as many pinned ones, that a slot of the arena takes."""
         return aligned(input_bytes) + place_arrays({name: shapes[name] for name in RESULTS}, rows)[1]
 
+    def reserve(self, nbytes: Iterable[int]) -> None:
+        """Have pinned memory for arrays of these sizes; before `stage`, while no other thread calls the device."""
+        if not self._device.is_host:
+            self._staging.grow(sum(map(aligned, nbytes)))
+            self._staging.block()
+
     def stage(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Copy arrays into pinned memory, once what was enqueued last has ended; on the host return them as they are.
 
-        They are laid one after the other, `images` first, which `upload` then finds on the device.
+        Other threads may call the device meanwhile.
         """
         if self._device.is_host or not arrays:
             return dict(arrays)
         if self.event is not None:
             self.event.wait()
-        self._staging.grow(sum(aligned(array.nbytes) for array in arrays.values()))
         block, offset = self._staging.block()
         staged = {}
         for name, array in arrays.items():
@@ -194,12 +200,16 @@ class Lease:
 
     def __init__(self, slot: Slot, give_back: Callable[[Slot], None]) -> None:
         self.slot = slot
-        self._finalizer = weakref.finalize(self, give_back, slot)
-        self._finalizer.atexit = False
+        self._give_back: Callable[[Slot], None] | None = give_back
 
     def end(self) -> None:
         """Give the slot back now; safe to call twice. No array of it may be read any more."""
-        self._finalizer()
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back(self.slot)
+
+    def __del__(self) -> None:
+        self.end()
 
 
 class Slots:
@@ -232,9 +242,9 @@ class Slots:
         while self._returned:
             self._free.append(self._returned.popleft())
         self._close_spares()
-        fitting = sorted((slot for slot in self._free if slot.rows >= rows), key=lambda slot: slot.rows)
+        fitting = [slot for slot in reversed(self._free) if slot.rows >= rows]
         if fitting:
-            slot = fitting[0]
+            slot = min(fitting, key=lambda slot: slot.rows)  # the one last used, which may have grown
             self._free.remove(slot)
         else:
             slot = self._create(rows)

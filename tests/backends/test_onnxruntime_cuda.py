@@ -3,7 +3,8 @@
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ class FakeOrt:
         loaded: the providers that sessions have.
         refused: why sessions are refused, by the CUDA provider's option that they have.
         capture_fails: whether runs that capture are refused.
+        contexts: of which devices the calling thread has entered the context.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class FakeOrt:
         self.loaded = list(PROVIDERS)
         self.refused: dict[str, str] = {}
         self.capture_fails = False
+        self.contexts: list[int] = []
         self.SessionOptions, self.RunOptions = _SessionOptions, _RunOptions
 
     def named(self, name: str) -> list[list[Any]]:
@@ -63,6 +66,7 @@ class FakeOrt:
     def InferenceSession(self, path: str, settings: Any, *, providers: list[Any], enable_fallback: int) -> Any:
         ((name, options),) = providers
         assert (name, enable_fallback) == ("CUDAExecutionProvider", 0)
+        self._change_device(int(options["device_id"]))
         self.calls.append(("open", path, settings, options))
         for option, reason in self.refused.items():
             if option in options:
@@ -76,7 +80,19 @@ class FakeOrt:
             run_with_iobinding=self._run,
         )
 
+    @contextmanager
+    def current_context(self, context: int) -> Iterator[None]:
+        """Stand in for the one of `cuda_driver`; a context is its device's number."""
+        self.contexts.append(context)
+        yield
+        self.contexts.pop()
+
+    def _change_device(self, expected: int) -> None:
+        """What the library does to the calling thread, which it does not undo."""
+        assert self.contexts == [expected], "the caller's own device would be another one afterwards"
+
     def _run(self, binding: Any, options: "_RunOptions") -> None:
+        self._change_device(1)
         self.calls.append(("run", options.entries["gpu_graph_id"]))
         assert options.entries["disable_synchronize_execution_providers"] == "1"
         if self.capture_fails and options.entries["gpu_graph_id"] != "-1":
@@ -108,6 +124,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
         monkeypatch.setattr(module, "ort", made)
         monkeypatch.setattr(module, "find_processor", lambda device: "sm_89")
     monkeypatch.setattr(cuda, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
+    monkeypatch.setattr(cuda, "primary_context", lambda index: index)
+    monkeypatch.setattr(cuda, "current_context", made.current_context)
     cuda._preload_libraries.cache_clear()
     return made
 
@@ -265,6 +283,20 @@ def test_arrays_are_bound_where_they_are(fake: FakeOrt, options: RunnerOptions) 
     run()
     run()
     assert fake.named("run") == [["1"], ["1"]]
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_the_callers_device_stays_current(
+    fake: FakeOrt, options: RunnerOptions, monkeypatch: pytest.MonkeyPatch, capture_fails: bool
+) -> None:
+    """ONNX Runtime makes its device the thread's when it opens a graph and in each run, captured or not."""
+    monkeypatch.setattr(cuda, "end_capture", lambda stream: fake._change_device(1))
+    fake.capture_fails = capture_fails
+    run = load(options).bind(buffers_at(256))
+    run()
+    run()
+    assert fake.contexts == []
+    assert len(fake.named("run")) == (3 if capture_fails else 2)
 
 
 def test_each_bound_run_has_a_graph_of_its_own(fake: FakeOrt, options: RunnerOptions) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_failing_call_names_library_and_last_error(
     reason: str,
 ) -> None:
     runner = load()
-    runner._loaded.logger.log(1, "an old error")
+    runner._settings.loaded.logger.log(1, "an old error")
     library.refused = refused
     with (
         caplog.at_level(logging.INFO),
@@ -231,6 +232,20 @@ def test_close_waits_once_and_then_nothing_is_bound(
     assert library.named("cuStreamSynchronize") == [[queue.stream]]
     with pytest.raises(ValueError, match="the runner is closed"):
         runner.bind(buffers_at(256))
+
+
+def test_engine_goes_when_the_runner_is_closed_and_no_run_is_left(load: Callable[..., Any]) -> None:
+    runner = load()
+    engine = weakref.ref(runner._settings.loaded)
+    run = runner.bind(buffers_at(256))
+    run()
+    runner.close()
+    gc.collect()
+    assert engine() is not None
+    run()
+    del run
+    gc.collect()
+    assert engine() is None
 
 
 def test_nothing_is_loaded_without_a_queue(library: RecordingLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Models of the speed table: where they come from and what they are fed."""
 
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +88,21 @@ def test_each_engine_is_built_once_and_refusals_are_told(
     ]
     refused = build_engines(files, chosen, 2, told.append)
     assert refused == {"openvino-bf16": "no bf16 here"}
-    assert built == [(files.bundle, "onnxruntime", "fp32", 2), (files.bundle, "openvino", "bf16", 2)]
+    assert built == [
+        (files.bundle, "onnxruntime", "fp32", 2, "cpu", True),
+        (files.bundle, "openvino", "bf16", 2, "cpu", True),
+    ]
     assert told == ["toy: building onnxruntime fp32", "toy: building openvino bf16", "toy: no bf16 here"]
+
+
+def test_a_library_that_dies_is_a_refusal(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(function: Any, *arguments: Any) -> None:
+        assert arguments[3:] == (None, "cuda:0", False)
+        raise BrokenProcessPool("a process ended abruptly")
+
+    monkeypatch.setattr(models, "_run_apart", die)
+    files = ModelFiles(name="toy", bundle=toy_bundle)
+    told = list[str]()
+    refused = build_engines(files, [CONTENDERS["onnxruntime"]], None, told.append, device="cuda:0", tune=False)
+    assert refused == {"onnxruntime": "a process ended abruptly"}
+    assert told == ["toy: building onnxruntime fp32", "toy: a process ended abruptly"]

@@ -80,10 +80,10 @@ def test_options_reach_the_session(
     assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--plain").exit_code == 0
     assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps").exit_code == 1
     assert run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--precision", "bf16").exit_code == 1
-    default = {"precision": "fp32", "plain": False, "preview_steps": False}
+    default = {"precision": "fp32", "plain": False, "preview_steps": False, "max_batch": 1}
     cpu = {"backend": "onnxruntime", "device": "cpu", "threads": None, **default}
     assert opened == [
-        {**cpu, "threads": 1},
+        {**cpu, "threads": 1, "max_batch": 2},
         {**cpu, "plain": True},
         {**cpu, "preview_steps": True},
         {**cpu, "precision": "bf16"},

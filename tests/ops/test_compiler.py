@@ -257,3 +257,12 @@ def test_the_hash_is_of_all_sources_and_of_how_they_are_launched(
         (tmp_path / name).write_text("b", encoding="utf-8")
         hashes.append(kernel_source_hash())
     assert len(set(hashes)) == 1 + len(names)
+
+
+def test_kernels_that_are_in_no_engine_do_not_make_engines_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    for name in compiler.LAUNCH_SOURCES:
+        (tmp_path / name).touch()
+    before = kernel_source_hash()
+    (tmp_path / compiler.IMAGE_SOURCE).write_text("a", encoding="utf-8")
+    assert kernel_source_hash() == before

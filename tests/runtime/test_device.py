@@ -13,44 +13,10 @@ from restyle_deploy.ops.kernels.image_launches import launch_pixels_from_images,
 from restyle_deploy.ops.kernels.launches import Launch
 from restyle_deploy.runtime import device as device_module
 from restyle_deploy.runtime.device import open_device
-from tests.backends.host_driver.stand_in import HostDriver, Run
+from tests.backends.host_driver.stand_in import HostDriver
+from tests.runtime.device_scripts import COPIES, run
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-
-START = """
-import threading
-import numpy as np
-from cuda.bindings import driver
-from restyle_deploy.errors import DeviceError
-from restyle_deploy.runtime.device import open_device
-
-device = open_device("cuda:0")
-
-def array(count, *, pinned):
-    block = device.allocate_host(4 * count) if pinned else device.allocate(4 * count)
-    return device.array(block, 0, (count,), "float32")
-
-source, result, middle = array(4, pinned=True), array(4, pinned=True), array(4, pinned=False)
-source[:] = [1, 2, 3, 4]
-
-def there_and_back():
-    device.copy(middle, source)
-    device.copy(result, middle)
-"""
-WAITS = ("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
-ALLOCATIONS = ("cuMemAlloc", "cuMemAllocHost", "cuMemFree", "cuMemFreeHost", "cuMemAllocFromPoolAsync")
-
-
-def run(driver: HostDriver, script: str, **options: int) -> Run:
-    run = driver.run(START + script, **options)  # type: ignore[arg-type]
-    assert run.named("unsupported") == []
-    return run
-
-
-def between(run: Run, mark: str) -> Counter[str]:
-    """Count the calls between two calls of a function that nothing else calls."""
-    first, last = (index for index, call in enumerate(run.calls) if call.name == mark)
-    return Counter(call.name for call in run.calls[first + 1 : last])
 
 
 def test_copies_are_done_when_an_event_is_reached(host_driver: HostDriver) -> None:
@@ -62,7 +28,7 @@ event.wait()
 print(result, event.is_done())
 print(device.name, device.is_host, isinstance(source, np.ndarray), middle.device_index, middle.stream == device.stream)
 """
-    lines = run(host_driver, script).output.splitlines()
+    lines = run(host_driver, COPIES, script).output.splitlines()
     assert lines == ["[nan nan nan nan] False", "[1. 2. 3. 4.] True", "cuda:0 False True 0 True"]
 
 
@@ -85,7 +51,7 @@ try:
 except AssertionError as error:
     print(error)
 """
-    assert run(host_driver, script).output.splitlines() == [
+    assert run(host_driver, COPIES, script).output.splitlines() == [
         "256 (2, 3) uint8 0",
         "[1. 1. 1. 1.]",
         "8 bytes at 4092 of a block of 4096",
@@ -94,118 +60,20 @@ except AssertionError as error:
     ]
 
 
-def test_a_replay_is_one_launch_and_neither_allocates_nor_waits(host_driver: HostDriver) -> None:
-    script = """
-replay = device.capture(there_and_back)
-driver.cuDriverGetVersion()
-for _ in range(3):
-    replay()
-driver.cuDriverGetVersion()
-print(result)
-for start in (1, 5):
-    source[:] = np.arange(start, start + 4)
-    replay()
-    device.synchronize()
-    print(result)
-replay.close()
-replay.close()
-try:
-    replay()
-except ValueError as error:
-    print(error)
-"""
-    # Opening asks for the driver's version, too.
-    done = run(host_driver, script.replace("cuDriverGetVersion", "cuMemGetInfo"))
-    calls = between(done, "cuMemGetInfo")
-    assert calls["cuGraphLaunch"] == 3
-    assert not calls.keys() & {*WAITS, *ALLOCATIONS, "cuMemcpyAsync", "cuGraphUpload"}
-    results = ["[nan nan nan nan]", "[1. 2. 3. 4.]", "[5. 6. 7. 8.]"]
-    assert done.output.splitlines() == [*results, "the replay is closed"]
-    assert len(done.named("cuGraphExecDestroy")) == len(done.named("cuGraphDestroy")) == 1
-
-
-def test_marks_of_a_capture_are_reached_in_each_replay(host_driver: HostDriver) -> None:
-    script = """
-marks = []
-def enqueue():
-    marks.append(device.record(timing=True))
-    there_and_back()
-    marks.append(device.record(timing=True))
-begin = device.record(timing=True)
-replay = device.capture(enqueue)
-times = []
-for _ in range(2):
-    replay()
-    print(marks[1].is_done())
-    marks[1].wait()
-    print(result, marks[1].elapsed_ms(marks[0]) >= 0)
-    times.append(marks[0].elapsed_ms(begin))
-print(times[1] > times[0])
-"""
-    done = run(host_driver, script)
-    assert done.output.splitlines() == [*["False", "[1. 2. 3. 4.] True"] * 2, "True"]
-    # CU_EVENT_RECORD_EXTERNAL, and that in the capture alone
-    assert [call.arguments for call in done.named("cuEventRecordWithFlags")] == [("1",)] * 2
-
-
-def test_a_capture_that_is_refused_leaves_the_device_as_it_was(host_driver: HostDriver) -> None:
-    script = """
-def fail():
-    there_and_back()
-    raise RuntimeError("cannot be captured")
-for enqueue in (fail, lambda: device.synchronize()):
-    try:
-        device.capture(enqueue)
-    except DeviceError as error:
-        print(error, "|", type(error.__cause__).__name__)
-there_and_back()
-device.record().wait()
-print(result)
-replay = device.capture(there_and_back)
-"""
-    done = run(host_driver, script)
-    assert done.output.splitlines() == [
-        "cuda:0: the work cannot be recorded as a CUDA graph: cannot be captured | RuntimeError",
-        "cuda:0: the work cannot be recorded as a CUDA graph: "
-        "cuStreamSynchronize: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED | DeviceError",
-        "[1. 2. 3. 4.]",
-    ]
-    assert len(done.named("cuGraphDestroy")) == 3
-
-
-def test_memory_may_come_and_go_during_a_capture(host_driver: HostDriver) -> None:
-    """A library allocates lazily; a result that is collected gives its block back, which waits until the end."""
-    script = """
-old = device.allocate(512)
-def enqueue():
-    device.allocate(1024)
-    old.close()
-    there_and_back()
-replay = device.capture(enqueue)
-replay()
-device.synchronize()
-print(result)
-"""
-    done = run(host_driver, script)
-    assert done.output == "[1. 2. 3. 4.]\n"
-    names = [call.name for call in done.calls]
-    assert names.index("cuMemFree") > names.index("cuStreamEndCapture")
-
-
 def test_too_much_memory_is_refused_with_what_is_free(host_driver: HostDriver) -> None:
     script = """
-block = device.allocate(1 << 30)
+block = device.allocate(64 << 20)
 try:
-    device.allocate(3 << 30)
+    device.allocate(192 << 20)
 except DeviceError as error:
     print(error)
 block.close()
 block.close()
-device.allocate(3 << 30).close()
+device.allocate(192 << 20).close()
 """
-    done = run(host_driver, script, memory_bytes=(3 << 30) + 1024)
+    done = run(host_driver, COPIES, script, memory_bytes=(192 << 20) + 1024)
     assert done.output == (
-        "cuda:0: 3.00 GiB asked for, 2.00 of 3.00 GiB are free (cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY); "
+        "cuda:0: 0.19 GiB asked for, 0.13 of 0.19 GiB are free (cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY); "
         "a smaller max_batch needs less\n"
     )
 
@@ -250,7 +118,7 @@ for _ in range(200):
 gc.collect()
 print(before - free())
 """
-    done = run(host_driver, script)
+    done = run(host_driver, COPIES, script)
     assert done.output == "0\n"
     counts = Counter(call.name for call in done.calls)
     # Three blocks of START are left to it.
@@ -276,7 +144,7 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
-    assert run(host_driver, script).output.splitlines() == ["0", "[1. 2. 3. 4.] True 0"]
+    assert run(host_driver, COPIES, script).output.splitlines() == ["0", "[1. 2. 3. 4.] True 0"]
 
 
 def test_streams_wait_for_each_other(host_driver: HostDriver) -> None:
@@ -301,7 +169,7 @@ try:
 except DeviceError as error:
     print(error)
 """
-    done = run(host_driver, script)
+    done = run(host_driver, COPIES, script)
     assert done.output.splitlines() == [
         "[1. 2. 3. 4.]",
         "[9. 9. 9. 9.]",
@@ -328,7 +196,7 @@ for call in (lambda: device.allocate(4), lambda: device.allocate_host(4), lambda
     except ValueError as error:
         print(error)
 """
-    done = run(host_driver, script)
+    done = run(host_driver, COPIES, script)
     assert done.output.splitlines() == [
         "0",
         "True True",
@@ -373,7 +241,7 @@ def test_image_kernels_are_launched_on_the_stream(
         compiler.check_available()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    done = host_driver.run(START + IMAGE_BLOCK + script, parameters=parameters)
+    done = host_driver.run(COPIES + IMAGE_BLOCK + script, parameters=parameters)
     stream, address = map(int, done.output.split())
     (call,) = done.named("cuLaunchKernelEx")
     assert launch.expression.partition("<")[0] in call.arguments[0]
@@ -384,7 +252,9 @@ def test_image_kernels_are_launched_on_the_stream(
 
 def test_float_images_are_copied(host_driver: HostDriver) -> None:
     done = run(
-        host_driver, IMAGE_BLOCK + "device.prepare_images(target, device.array(block, 0, (2, 3, 16, 16), 'float32'))"
+        host_driver,
+        COPIES,
+        IMAGE_BLOCK + "device.prepare_images(target, device.array(block, 0, (2, 3, 16, 16), 'float32'))",
     )
     assert [call.arguments for call in done.named("cuMemcpyAsync")] == [(str(2 * 3 * 16 * 16 * 4),)]
 
@@ -407,7 +277,7 @@ try:
 except BackendUnavailableError as error:
     print(error)
 """
-    assert run(host_driver, script).output == "cuda:1: no such GPU, the driver has 1\n"
+    assert run(host_driver, COPIES, script).output == "cuda:1: no such GPU, the driver has 1\n"
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

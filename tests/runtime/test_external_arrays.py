@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.backends.host_driver.stand_in import HostDriver, Run
+from tests.backends.host_driver.stand_in import HostDriver
+from tests.runtime.device_scripts import run
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
@@ -50,12 +51,6 @@ def refusal(source):
 """
 
 
-def run(driver: HostDriver, script: str) -> Run:
-    run = driver.run(START + script)
-    assert run.named("unsupported") == []
-    return run
-
-
 def test_a_view_of_a_callers_array_copies_nothing_and_keeps_it(host_driver: HostDriver) -> None:
     script = """
 makers = (
@@ -76,7 +71,7 @@ for make in makers:
     print(alive() is None)
 print(device.external_array(array) is array)
 """
-    done = run(host_driver, script)
+    done = run(host_driver, START, script)
     line = "True (2, 3, 4) float32 0 True"
     assert done.output.splitlines() == [*[line, "True", "True"] * 4, "True"]
     assert done.named("cuMemcpyAsync", "cuStreamSynchronize", "cuEventSynchronize") == []
@@ -102,7 +97,7 @@ other.sync()
 read(ByInterface(stream=None))
 """
     # The last one names no stream, and the work on the other one is done too late.
-    assert run(host_driver, script).output.splitlines() == ["8.0", "True", "9.0", "10.0", "11.0", "11.0"]
+    assert run(host_driver, START, script).output.splitlines() == ["8.0", "True", "9.0", "10.0", "11.0", "11.0"]
 
 
 def test_what_is_no_array_of_a_gpu(host_driver: HostDriver) -> None:
@@ -110,7 +105,7 @@ def test_what_is_no_array_of_a_gpu(host_driver: HostDriver) -> None:
 for each in (np.zeros(3), [1.0], None, ByDlpack(array, device=(1, 0)), ByDlpack(array, device=(3, 0))):
     print(device.external_array(each))
 """
-    assert run(host_driver, script).output.splitlines() == ["None"] * 5
+    assert run(host_driver, START, script).output.splitlines() == ["None"] * 5
 
 
 def test_arrays_that_are_refused(host_driver: HostDriver) -> None:
@@ -143,7 +138,7 @@ print(device.external_array(ByInterface(shape=(2, 1, 4), strides=(16, 77, 4))).s
         "or open a session with device='cuda:1'"
     )
     strided = "of shape [2, 3, 4]; make it contiguous, with torch by .contiguous()"
-    assert run(host_driver, script).output.splitlines() == [
+    assert run(host_driver, START, script).output.splitlines() == [
         other,
         other,
         f"TypeError images: a strided Strided {strided}",
@@ -180,7 +175,7 @@ device.copy(array, source)
     ],
 )
 def test_who_takes_a_result_waits_for_it(host_driver: HostDriver, export: str, stream: str, waits: bool) -> None:
-    done = run(host_driver, f"{EXPORTS}\nkept = {export}\ntaken_by({stream})")
+    done = run(host_driver, START, f"{EXPORTS}\nkept = {export}\ntaken_by({stream})")
     assert done.output.splitlines() == ["nan", "7.0" if waits else "nan"]
     assert done.named("cuEventSynchronize") == []
 
@@ -194,7 +189,7 @@ for versions in ({}, {"max_version": (1, 0)}, {"dl_device": (2, 0), "copy": Fals
 view = StridedMemoryView.from_dlpack(array.part(1, 2), stream_ptr=-1)
 print(view.ptr - array.address, view.shape, view.strides, view.dtype, view.device_id, view.readonly)
 """
-    assert run(host_driver, script).output.splitlines() == [
+    assert run(host_driver, START, script).output.splitlines() == [
         "True {'shape': (1, 3, 4), 'typestr': '<f4', 'strides': None, 'version': 3, 'stream': 1}",
         "dltensor",
         "dltensor_versioned",
@@ -220,7 +215,7 @@ for take in (lambda array: StridedMemoryView.from_dlpack(array, stream_ptr=-1), 
     gc.collect()
     print(alive() is None)
 """
-    assert run(host_driver, script).output.splitlines() == ["True"] * 6
+    assert run(host_driver, START, script).output.splitlines() == ["True"] * 6
 
 
 def test_the_stream_of_a_result_outlives_the_device(host_driver: HostDriver) -> None:
@@ -235,4 +230,4 @@ del array, source, result, block, pinned, back
 gc.collect()
 print(alive() is None)
 """
-    assert run(host_driver, script).output.splitlines() == ["True", "True"]
+    assert run(host_driver, START, script).output.splitlines() == ["True", "True"]

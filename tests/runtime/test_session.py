@@ -257,6 +257,23 @@ def test_closing_twice_is_safe_and_releases_the_graphs() -> None:
     assert not len(session._execution.loops)
 
 
+def test_closing_gives_the_memory_back() -> None:
+    tracemalloc.start()
+    try:
+        session, *runners = create_session()
+        session.invert(targets_of(session, 8), steps=2)
+        session.invert(targets_of(session, 8), steps=3, every_step=True)
+        before = tracemalloc.get_traced_memory()[0]
+        session.close()
+        for runner in runners:
+            runner.bound.clear()
+        freed = before - tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    image_bytes = 4 * 3 * 64 * 64
+    assert freed > (8 + 3 * 8) * image_bytes
+
+
 def test_closed_session_inverts_no_more(toy_bundle: Path) -> None:
     session = Session.open(toy_bundle)
     session.close()
@@ -378,7 +395,7 @@ def test_counts_that_are_no_whole_numbers_are_refused(session: Session, name: st
 
 def test_counts_may_be_numpys() -> None:
     session, encoder, _ = create_session()
-    session.invert(targets_of(session, 3), steps=np.int8(100), max_batch=np.int8(2))  # type: ignore[arg-type]
+    session.invert(targets_of(session, 3), steps=np.int8(100), max_batch=np.int8(2))  # type: ignore[call-overload]
     assert len(encoder.ran) == 2 * 100
 
 

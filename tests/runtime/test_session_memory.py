@@ -1,0 +1,209 @@
+"""What sessions allocate and give back, and how they split sets, on a GPU made up on the host."""
+
+import gc
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from restyle_deploy.errors import DeviceError
+from restyle_deploy.runtime.loop import LOOPS_KEPT
+from restyle_deploy.runtime.results import DeviceInversion
+from restyle_deploy.runtime.slots import SPARE_SLOTS
+from tests import fakes
+from tests.fakes import FakeRunner, create_session, expected_latents
+from tests.pictures import picture
+from tests.recording import RecordingDevice
+from tests.runtime.recorded import assert_is, invert_on, targets_of
+
+
+@pytest.fixture
+def device() -> RecordingDevice:
+    return RecordingDevice()
+
+
+# Memory
+
+
+def test_all_memory_is_allocated_at_opening(device: RecordingDevice) -> None:
+    session, *_ = create_session(device=device, max_batch=3)
+    assert device.count()["allocate"] == 1
+    assert device.count()["allocate pinned"] == 2 + 1  # the average's way up
+    device.calls.clear()
+    for seed in range(6):
+        session.invert(targets_of(3, seed), steps=2)
+        session.invert(np.stack([picture(seed, 64, 64)]), steps=1, image_type="uint8")
+        invert_on(session, device, targets_of(2, seed), steps=2)
+        invert_on(session, device, targets_of(3, seed), steps=3, image_type="uint8")
+    assert device.count()["allocate"] == device.count()["allocate pinned"] == 0
+    assert device.count()["synchronize"] == 0
+
+
+def test_many_calls_allocate_nothing(device: RecordingDevice) -> None:
+    session, *runners = create_session(device=device)
+    images = device.put(targets_of(1))
+    previous: DeviceInversion | None = None
+    for call in range(300):
+        if call == 10:
+            device.execute()
+            device.calls.clear()
+            blocks = len(device.open_blocks)
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+        result = session.invert(images, steps=2, start=previous)
+        assert isinstance(result, DeviceInversion)
+        previous = result
+        if call % 7 == 0:
+            previous.wait()
+        device.calls[:] = [call for call in device.calls if call[0].startswith(("allocate", "free", "synchronize"))]
+    device.execute()
+    for runner in runners:
+        runner.ran.clear()
+    gc.collect()  # which empties the interpreter's own stores too
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert device.calls == []
+    assert len(device.open_blocks) == blocks
+    assert after - before < result.images.nbytes  # of one of 290 results
+
+
+def test_photos_larger_than_the_arena_take_memory_once(device: RecordingDevice) -> None:
+    session, *_ = create_session(device=device)
+    photos = np.stack([picture(seed, 300, 400) for seed in range(8)])
+    host, *_ = create_session()
+    expected = host.invert(photos, steps=2)
+    for _ in range(5):
+        found = session.invert(photos, steps=2)
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.latents, expected.latents)
+    large = [call for call in device.calls[3:] if call[0].startswith("allocate") and call[1] >= photos.nbytes]
+    assert sorted(name for name, _ in large) == ["allocate", "allocate pinned"]
+
+
+def test_loops_are_bounded_and_give_back_what_they_keep(device: RecordingDevice) -> None:
+    session, encoder, _ = create_session(device=device)
+    blocks = len(device.open_blocks)
+    for steps in range(1, LOOPS_KEPT + 4):
+        for _ in range(2):
+            result = session.invert(targets_of(1), steps=steps, every_step=True)
+        assert_is(result.latents, expected_latents(targets_of(1), steps))
+        assert len(session._execution.loops) == min(steps, LOOPS_KEPT)
+    assert device.count()["close replay"] == 3
+    kept = len(device.open_blocks) - blocks
+    assert kept <= LOOPS_KEPT + 3 * (SPARE_SLOTS + 1)  # those of loops, and of slots: staged, uploaded and arrived
+    session.close()
+    assert device.open_blocks == []
+    assert device.count()["close replay"] == device.count()["capture"] == LOOPS_KEPT + 3
+    assert encoder.closed == 1
+
+
+def test_loops_of_one_batch_share_what_is_bound(device: RecordingDevice) -> None:
+    session, encoder, _ = create_session(device=device)
+    for steps in (1, 2, 3, 5, 10):
+        session.invert(targets_of(2), steps=steps)
+    assert len(encoder.bound) == 2
+    session.invert(targets_of(3), steps=2)
+    assert len(encoder.bound) == 4
+
+
+def test_least_recently_used_loop_goes(device: RecordingDevice) -> None:
+    session, *_ = create_session(device=device)
+    for steps in range(1, LOOPS_KEPT + 1):
+        session.invert(targets_of(1), steps=steps)
+    session.invert(targets_of(1), steps=1)
+    session.invert(targets_of(1), steps=LOOPS_KEPT + 1)  # takes the place of two steps
+    device.calls.clear()
+    session.invert(targets_of(1), steps=1)
+    assert device.count()["capture"] == 0
+    session.invert(targets_of(1), steps=2)
+    assert device.count()["capture"] == 1
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_opening_and_closing_many_times_leaves_nothing(held: bool) -> None:
+    for _ in range(200):
+        device = RecordingDevice()
+        session, *_ = create_session(device=device, max_batch=1)
+        session.invert(targets_of(1), steps=1)
+        result = session.invert(device.put(targets_of(1)), steps=2, every_step=True)
+        device.open_blocks = [block for block in device.open_blocks if block.nbytes != targets_of(1).nbytes]
+        if not held:
+            del result
+        session.close()
+        session.close()
+        if held:
+            assert device.is_open
+            del result
+        assert device.open_blocks == []
+        assert not device.is_open
+
+
+@pytest.mark.parametrize("free", [0, 300_000])
+def test_memory_that_lacks_closes_what_is_open(
+    device: RecordingDevice, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.memory_left = free
+    runners: list[FakeRunner] = []
+
+    def note(runner: FakeRunner) -> FakeRunner:
+        runners.append(runner)
+        return runner
+
+    monkeypatch.setattr(fakes, "FakeRunner", lambda *args, **options: note(FakeRunner(*args, **options)))
+    with pytest.raises(DeviceError, match="bytes are asked for"):
+        create_session(device=device, max_batch=1)
+    assert [runner.closed for runner in runners] == [1, 1]
+    assert device.open_blocks == []
+    assert not device.is_open
+
+
+# Batches
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_split_sets_equal_the_whole(device: RecordingDevice, every_step: bool, max_batch: int, on_device: bool) -> None:
+    session, encoder, _ = create_session(device=device, max_batch=max_batch)
+    targets = targets_of(7)
+    for _ in range(2):
+        device.calls.clear()
+        expected = expected_latents(targets, 3)
+        if on_device:
+            found = invert_on(session, device, targets, steps=3, every_step=every_step)
+            images, latents, current = (device.read(array) for array in (found.images, found.latents, found.current))
+        else:
+            result = session.invert(targets, steps=3, every_step=every_step)
+            assert result.current is not None
+            images, latents, current = result.images, result.latents, result.current
+        assert_is(latents, expected if every_step else expected[-1])
+        assert_is(images, (expected if every_step else expected[-1]) / 2)
+        assert_is(current, expected[-1] / 2)
+    assert device.count()["launch"] == -(-7 // max_batch)
+    assert {len(bound["target"]) for bound in encoder.bound} == {min(7, max_batch), 7 % max_batch or min(7, max_batch)}
+
+
+def test_split_set_has_two_runs_on_their_way(device: RecordingDevice) -> None:
+    session, *_ = create_session(device=device, max_batch=1)
+    session.invert(targets_of(1), steps=1)
+    device.calls.clear()
+    session.invert(targets_of(4), steps=1)
+    order = [name for name in device.names if name in ("launch", "wait")]
+    assert order == ["launch", "launch", "wait", "launch", "wait", "launch", "wait", "wait"]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_runs_of_too_few_images_are_filled_up(device: RecordingDevice, on_device: bool) -> None:
+    session, encoder, _ = create_session(device=device, batches=(3, 4))
+    targets = targets_of(6)
+    for _ in range(2):
+        start = session.invert(targets[:2], steps=1)
+        if on_device:
+            found = device.read(invert_on(session, device, targets, steps=2).latents)
+            warm = device.read(invert_on(session, device, targets[:2], steps=1, start=start).latents)
+        else:
+            found = session.invert(targets, steps=2).latents
+            warm = session.invert(targets[:2], steps=1, start=start).latents
+        assert_is(found, expected_latents(targets, 2)[-1])
+        assert_is(warm, expected_latents(targets[:2], 2)[-1])
+    assert {len(bound["target"]) for bound in encoder.bound} == {3, 4}
