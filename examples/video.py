@@ -98,7 +98,7 @@ def _decode_video(path: Path) -> Iterator[Frame]:
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
     except (av.error.FFmpegError, IndexError) as error:  # IndexError: it has sound alone
         raise ImageError(f"{path}: cannot be decoded: {error}") from error
 
