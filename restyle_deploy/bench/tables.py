@@ -1,7 +1,7 @@
 """A report's figures as cells, for the terminal, the page and pull requests."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from restyle_deploy.bench.comparison import Ratio
@@ -74,7 +74,9 @@ def format_lines(lines: Sequence[Sequence[str]]) -> str:
 
 
 def notes_of(report: Report) -> list[str]:
-    """Return one sentence for each row that is unstable, each configuration without rows, and the missing metrics."""
+    """Return one sentence for each row that is unstable, each configuration without rows, from which step count on the
+    gain cannot be told, and the missing metrics.
+    """
     labels = labels_of([result.configuration for result in report.configurations])
     notes = []
     for result in report.configurations:
@@ -86,7 +88,22 @@ def notes_of(report: Report) -> list[str]:
                 reason = row.latency.reason or "no reason given"
                 notes.append(f"{UNSTABLE_MARK} {label}, {count_steps(row.steps)}: unstable: {reason}")
     missing = missing_note(report)
-    return notes + ([missing] if missing else [])
+    return notes + _settled_notes(report, labels) + ([missing] if missing else [])
+
+
+def _settled_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
+    """Return from which step count on a further gain is below its interval's width, alike configurations together."""
+    metrics = {metric.name: metric.label for metric in report.metrics}
+    told: dict[str, list[str]] = {}
+    for result in report.configurations:
+        steps = sorted(result.settled_at_steps.items(), key=lambda item: list(metrics).index(item[0]))
+        text = ", ".join(f"{count_steps(count)} ({metrics[name]})" for name, count in steps)
+        if text:
+            told.setdefault(text, []).append(labels[result.configuration.name])
+    return [
+        f"{', '.join(names)}: more steps gain less than these images tell from {text} on"
+        for text, names in told.items()
+    ]
 
 
 def format_value(value: float | None, metric: MetricFacts) -> str:

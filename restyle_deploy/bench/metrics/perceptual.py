@@ -170,7 +170,7 @@ def _cached_backbone() -> Path:
     files = sorted(folder.glob("alexnet-owt-*.pth"), key=lambda file: PUBLISHED_BACKBONE not in file.name)
     if not files:
         raise MetricError(
-            f"no AlexNet weights in torch's hub cache ({folder}), and they are not downloaded; give torchvision's "
+            f"no AlexNet weights in torch's hub cache ({_from_home(folder)}), and they are not downloaded; give torchvision's "
             f"alexnet-owt-{PUBLISHED_BACKBONE}.pth: --lpips-backbone FILE"
         )
     return files[0]
@@ -188,3 +188,8 @@ def _describe_backbone(backbone: Path) -> str:
     digest = hashlib.sha256(backbone.read_bytes()).hexdigest()
     kind = "torchvision's" if digest.startswith(PUBLISHED_BACKBONE) else "not torchvision's published file:"
     return f"backbone {kind} {backbone.name}, SHA-256 {digest[:16]}"
+
+
+def _from_home(folder: Path) -> Path:
+    """Return a folder as "~/...": reports are published, and a user's name is nobody's business."""
+    return Path("~") / folder.relative_to(Path.home()) if folder.is_relative_to(Path.home()) else folder
