@@ -100,18 +100,21 @@ class BoundGraphs:
         """
         self.state, self.batch, self.steps_kept = state, batch, steps_kept
         self._kept = _KeptSteps(device, graphs, batch=batch, steps=steps_kept) if steps_kept else None
-        shared = {name: state.part(name, 0, batch) for name in state.names}
-        self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
         self.encoder_runs: list[list[Run]] = []
         self.generator_runs: list[list[Run]] = []
         self.preview_runs: list[list[Run]] = []
-        for turn in range(steps_kept or len(LATENTS)):
-            before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
-            self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
-            rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
-            self.generator_runs.append(graphs["generator"].bind(rendered))
-            if "preview" in graphs:
-                self.preview_runs.append(graphs["preview"].bind(rendered))
+        with ExitStack() as refused:
+            refused.callback(self.close)
+            shared = {name: state.part(name, 0, batch) for name in state.names}
+            self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
+            for turn in range(steps_kept or len(LATENTS)):
+                before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
+                self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
+                rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
+                self.generator_runs.append(graphs["generator"].bind(rendered))
+                if "preview" in graphs:
+                    self.preview_runs.append(graphs["preview"].bind(rendered))
+            refused.pop_all()
 
     def results(self, steps: int, count: int) -> list[tuple[Array, Array]]:
         """Return (image, latent) of the first `count` images, for each step that is kept: views."""
@@ -270,8 +273,9 @@ class LoopCache:
 
     def close(self) -> None:
         """Release all loops; safe to call twice."""
-        while self._loops:
-            self._drop()
+        with ExitStack() as closing:
+            for _ in self._loops:
+                closing.callback(self._drop)
 
     def _bound(self, batch: int, steps_kept: int) -> BoundGraphs | None:
         """Return the graphs that are bound for loops of a batch size, and of the steps that are kept."""
@@ -288,6 +292,8 @@ class LoopCache:
 
     def _drop(self, *, kept: BoundGraphs | None = None) -> None:
         _, loop = self._loops.popitem(last=False)
-        loop.close()
-        if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
-            loop.graphs.close()
+        try:
+            loop.close()
+        finally:
+            if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
+                loop.graphs.close()
