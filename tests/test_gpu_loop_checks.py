@@ -93,7 +93,7 @@ def parts_of(detail: str) -> dict[str, str]:
     return dict(zip(found[1::2], found[2::2], strict=True))
 
 
-@pytest.mark.parametrize("backend", LOOP_BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("pytorch", marks=pytest.mark.slow), "onnxruntime"])
 def test_on_the_cpu_all_runs_but_launches(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(gpu_loop_checks, "REPEATS", 1)  # for torch on a busy machine
     monkeypatch.setattr(gpu_loop_checks, "WARMUP", 0)

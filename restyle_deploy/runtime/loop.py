@@ -130,26 +130,30 @@ class BoundGraphs:
     def _image(self, step: int, count: int) -> Array:
         if self._kept is None:
             return self.state.part("image", 0, count)
-        first = step * self.batch
-        return self._kept.arrays.part("image", first, first + count)
+        return self._kept.part("image", step, count)
 
     def _latent(self, step: int, count: int) -> Array:
         """Return what step `step`, counted from 1, has written; 0 for what the first one reads."""
         if self._kept is None or step == 0:
             return self.state.part(LATENTS[step % len(LATENTS)], 0, count)
-        first = (step - 1) * self.batch
-        return self._kept.arrays.part("latent", first, first + count)
+        return self._kept.part("latent", step - 1, count)
 
 
 class _KeptSteps:
-    """Images and latents of all steps."""
+    """Images and latents of all steps, each step's at an address of its own that libraries can vectorise from."""
 
     def __init__(self, device: Device, graphs: Mapping[str, LoadedGraph], *, batch: int, steps: int) -> None:
         specs = {spec.name: spec for spec in (*graphs["generator"].record.inputs, *graphs["generator"].record.outputs)}
-        shapes = {name: specs[name].concrete_shape(1)[1:] for name in ("latent", "image")}
-        places, nbytes = place_arrays(shapes, steps * batch)
+        shapes = {
+            f"{name} {step}": specs[name].concrete_shape(1)[1:] for name in ("latent", "image") for step in range(steps)
+        }
+        places, nbytes = place_arrays(shapes, batch)
         self.block = device.allocate(nbytes)
-        self.arrays = Arrays(device, self.block, places)
+        self._arrays = Arrays(device, self.block, places)
+
+    def part(self, name: str, step: int, count: int) -> Array:
+        """Return the first `count` rows of a step, counted from 0."""
+        return self._arrays.part(f"{name} {step}", 0, count)
 
 
 class Loop:
@@ -293,6 +297,8 @@ class LoopCache:
     def _drop(self, *, kept: BoundGraphs | None = None) -> None:
         _, loop = self._loops.popitem(last=False)
         try:
+            if not self._device.is_host:
+                self._device.synchronize()  # its runs may be in the queue, and go with what they are bound to
             loop.close()
         finally:
             if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
