@@ -1,21 +1,22 @@
-"""Kernels and engines tried on the GPU at hand: a row of the table in docs/gpu.md."""
+"""Kernels, the loop and engines tried on the GPU at hand: a row of the table in docs/gpu.md."""
 
 import datetime
 import functools
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from restyle_deploy import __version__
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import PRECISIONS, EngineOptions
 from restyle_deploy.backends.cuda_devices import find_devices, find_processor
 from restyle_deploy.bench.environment import installed_versions
-from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError, VerificationError
+from restyle_deploy.errors import BackendUnavailableError, VerificationError
+from restyle_deploy.gpu_loop_checks import LOOP_BACKENDS, check_images, check_loop, check_memory
+from restyle_deploy.gpu_outcomes import Outcome, join_outcomes, outcome_of
 from restyle_deploy.ops.cuda_versions import driver_version
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 DEVICE = "cuda:0"
 # Distributions whose versions a result depends on.
-PACKAGES = ("cuda-core", "nvidia-cuda-nvrtc", "tensorrt", "tensorrt-rtx", "torch")
+PACKAGES = ("cuda-core", "nvidia-cuda-nvrtc", "onnxruntime-gpu", "pillow", "tensorrt", "tensorrt-rtx", "torch")
 NO_BUNDLE = "no bundle was named"
 # By type of the images: the largest error, as a share of the range; a few roundings of the result.
 KERNEL_TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -36,21 +37,6 @@ ENGINES = {
     "fp16 stripped": ("fp16", EngineOptions(stripped=True)),
 }
 CHANNELS = 24
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of a check.
-
-    Attributes:
-        status: `not run` where something that it needs is missing.
-        detail: what was found, or the reason.
-    """
-
-    status: Literal["passed", "failed", "not run"]
-    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +83,10 @@ class GpuReport:
 
 
 def run_gpu_checks(bundle: Path | None, *, progress: Callable[[str], None] = lambda name: None) -> GpuReport:
-    """Try kernels and engines on the first GPU.
+    """Try kernels, the loop and engines on the first GPU.
 
     Args:
-        bundle: whose graphs engines are built from, in a temporary copy; None leaves these checks out.
+        bundle: whose graphs are run, and engines are built from, in a temporary copy; None leaves these checks out.
         progress: told the name of each check as it begins.
     Raises:
         BackendUnavailableError: there is no GPU, no driver, or no library to find them by.
@@ -109,7 +95,7 @@ def run_gpu_checks(bundle: Path | None, *, progress: Callable[[str], None] = lam
     outcomes = {}
     for name, check in _checks(bundle):
         progress(name)
-        outcomes[name] = _outcome_of(functools.partial(check, gpu))
+        outcomes[name] = outcome_of(functools.partial(check, gpu))
     return GpuReport(
         date=datetime.date.today().isoformat(),
         gpu=gpu,
@@ -121,21 +107,20 @@ def run_gpu_checks(bundle: Path | None, *, progress: Callable[[str], None] = lam
 def _checks(bundle: Path | None) -> Iterator[tuple[str, Callable[[Gpu], str]]]:
     yield "kernels compile", _compile_kernels
     yield "kernels agree with torch", _compare_kernels
+    yield "images agree with Pillow", lambda gpu: check_images(DEVICE)
+    for backend in LOOP_BACKENDS:
+        check = functools.partial(check_loop, backend=backend, device=DEVICE)
+        yield f"loop of {backend}", functools.partial(_check_bundle, bundle, check)
+    check = functools.partial(check_memory, backend=LOOP_BACKENDS[0], device=DEVICE)
+    yield "memory comes back", functools.partial(_check_bundle, bundle, check)
     for backend in ("tensorrt", "tensorrt-rtx"):
-        yield backend, functools.partial(_build_engines, bundle, backend)
+        yield backend, functools.partial(_check_bundle, bundle, functools.partial(_build_engines, backend))
 
 
-def _outcome_of(check: Callable[[], str]) -> Outcome:
-    """Run a check; whatever it raises is an outcome, so that the rest goes on."""
-    try:
-        return Outcome(status="passed", detail=check())
-    except BackendUnavailableError as error:
-        return Outcome(status="not run", detail=str(error))
-    except RestyleDeployError as error:
-        return Outcome(status="failed", detail=str(error))
-    except Exception as error:  # libraries of the device raise what they like
-        _logger.exception("a check ended with an error")
-        return Outcome(status="failed", detail=f"{type(error).__name__}: {error}")
+def _check_bundle(bundle: Path | None, check: Callable[[Path], str], gpu: Gpu) -> str:
+    if bundle is None:
+        raise BackendUnavailableError(NO_BUNDLE)
+    return check(bundle)
 
 
 def _find_gpu() -> Gpu:
@@ -156,10 +141,11 @@ def _find_gpu() -> Gpu:
 
 def _compile_kernels(gpu: Gpu) -> str:
     from restyle_deploy.ops.compiler import compile_kernels
+    from restyle_deploy.ops.kernels.image_launches import IMAGE_INSTANTIATIONS
     from restyle_deploy.ops.kernels.launches import INSTANTIATIONS
 
     count = spilling = 0
-    for kernel, expressions in INSTANTIATIONS.items():
+    for kernel, expressions in (*INSTANTIATIONS.items(), *IMAGE_INSTANTIATIONS.items()):
         compiled = compile_kernels(kernel, expressions, arch=gpu.arch)
         count += len(expressions)
         spilling += sum(resources.spill_bytes > 0 for resources in compiled.resources.values())
@@ -217,10 +203,8 @@ def _kernel_error(dtype: str, layout: Any, case: tuple[int, Any, tuple[int, int]
     return float((ours.float().cpu() - exact).abs().max() / exact.abs().max())
 
 
-def _build_engines(bundle: Path | None, backend: str, gpu: Gpu) -> str:
+def _build_engines(backend: str, bundle: Path) -> str:
     """Build an engine in each way from a copy of a bundle, and open it again to verify it."""
-    if bundle is None:
-        raise BackendUnavailableError(NO_BUNDLE)
     load_backend(backend)
     from restyle_deploy.build import BuildOptions
 
@@ -228,14 +212,8 @@ def _build_engines(bundle: Path | None, backend: str, gpu: Gpu) -> str:
     for name, (precision, engine) in ENGINES.items():
         options = BuildOptions(backend=backend, device=DEVICE, precision=precision, engine=engine)
         with tempfile.TemporaryDirectory() as folder:
-            outcomes[name] = _outcome_of(functools.partial(_build_and_verify, bundle, Path(folder) / "bundle", options))
-    details = "; ".join(f"{name} {outcome.status}: {outcome.detail}" for name, outcome in outcomes.items())
-    statuses = {outcome.status for outcome in outcomes.values()}
-    if "failed" in statuses:
-        raise VerificationError(details)
-    if "passed" not in statuses:
-        raise BackendUnavailableError(details)
-    return details
+            outcomes[name] = outcome_of(functools.partial(_build_and_verify, bundle, Path(folder) / "bundle", options))
+    return join_outcomes(outcomes)
 
 
 def _build_and_verify(bundle: Path, copy: Path, options: "BuildOptions") -> str:

@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.gpu_checks import Gpu, run_gpu_checks
 from restyle_deploy.ops import compiler
+from restyle_deploy.ops.kernels.image_launches import IMAGE_INSTANTIATIONS
 from restyle_deploy.ops.kernels.launches import INSTANTIATIONS
 from restyle_deploy.verify import Parity
 from tests.backends.host_driver.stand_in import HostDriver
@@ -30,6 +32,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that there is a GPU, for which every kernel compiles without a spill."""
     monkeypatch.setattr(gpu_checks, "_find_gpu", lambda: GPU)
     monkeypatch.setattr(compiler, "compile_kernels", compiled_with(spill_bytes=0))
+    for check in ("check_images", "check_loop", "check_memory"):
+        monkeypatch.setattr(gpu_checks, check, functools.partial(find_nothing, check))
+
+
+def find_nothing(check: str, *arguments: Any, **options: Any) -> str:
+    """Stand for a check of the loop, which other tests run."""
+    return " ".join([check, *map(str, (*arguments, *options.values()))])
 
 
 def compiled_with(*, spill_bytes: int) -> Callable[..., Any]:
@@ -101,13 +110,37 @@ def test_what_lacks_something_is_not_run_and_the_rest_goes_on(monkeypatch: pytes
     names: list[str] = []
     report = run_gpu_checks(None, progress=names.append)
     assert names == list(report.outcomes)
-    count = sum(len(expressions) for expressions in INSTANTIATIONS.values())
+    count = sum(len(expressions) for expressions in (*INSTANTIATIONS.values(), *IMAGE_INSTANTIATIONS.values()))
     assert report.outcomes["kernels compile"].detail == f"{count} instantiations, none with spilled registers"
     assert report.outcomes["kernels compile"].status == "passed"
     assert report.outcomes["kernels agree with torch"].status == "not run"
     assert "sees no GPU" in report.outcomes["kernels agree with torch"].detail
-    assert report.outcomes["tensorrt-rtx"].detail == "no bundle was named"
+    for name in ("loop of pytorch", "loop of onnxruntime", "memory comes back", "tensorrt", "tensorrt-rtx"):
+        assert (report.outcomes[name].status, report.outcomes[name].detail) == ("not run", "no bundle was named")
     assert report.is_sound
+
+
+@pytest.mark.usefixtures("gpu", "build")
+def test_the_loop_is_tried_on_the_gpu() -> None:
+    outcomes = run_gpu_checks(DEMO).outcomes
+    assert outcomes["images agree with Pillow"].detail == "check_images cuda:0"
+    assert outcomes["loop of pytorch"].detail == f"check_loop {DEMO} pytorch cuda:0"
+    assert outcomes["loop of onnxruntime"].detail == f"check_loop {DEMO} onnxruntime cuda:0"
+    assert outcomes["memory comes back"].detail == f"check_memory {DEMO} pytorch cuda:0"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_images_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_kernels = compiled_with(spill_bytes=0)
+
+    def noted(kernel: str, expressions: tuple[str, ...], *, arch: str) -> Any:
+        compiled.append(kernel)
+        return compile_kernels(kernel, expressions, arch=arch)
+
+    monkeypatch.setattr(compiler, "compile_kernels", noted)
+    run_gpu_checks(None)
+    assert compiled == [*INSTANTIATIONS, *IMAGE_INSTANTIATIONS]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -200,6 +233,8 @@ def test_command_prints_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert row.count("|") == header.count("|")
     as_json = json.loads(CliRunner().invoke(doctor, ["--gpu", "--json"]).stdout)
+    columns = [cell.strip() for cell in header.split("|")[4:-1]]
+    assert columns == list(as_json["outcomes"])
     assert as_json["gpu"] == {"name": "Toy GPU", "arch": "sm_90", "driver": "13.0"}
 
 

@@ -1,8 +1,10 @@
 """The GPUs of this machine, as backends name them. Without a driver, or cuda-core, there is none."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from restyle_deploy.backends.base import Queue, RunnerOptions
+from restyle_deploy.cuda_driver import current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 
 
@@ -35,11 +37,12 @@ def find_name(device: str) -> str:
     return str(Device(index_of(device)).name)
 
 
-def set_current(device: str) -> None:
-    """Make one of the devices the calling thread's: what TensorRT creates, measures and loads there is for that one."""
-    from cuda.core import Device
+def current_device(device: str) -> AbstractContextManager[None]:
+    """Make one of the devices the calling thread's while a `with` lasts, and then the former one again.
 
-    Device(index_of(device)).set_current()
+    What TensorRT creates, measures and loads meanwhile is for that device.
+    """
+    return current_context(primary_context(index_of(device)))
 
 
 def index_of(device: str) -> int:

@@ -9,7 +9,8 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from restyle_deploy.backends.base import (
     RunnerOptions,
     refuse_engine_options,
 )
-from restyle_deploy.backends.cuda_devices import find_devices, find_name, find_processor, queue_of, set_current
+from restyle_deploy.backends.cuda_devices import current_device, find_devices, find_name, find_processor, queue_of
 from restyle_deploy.backends.tensorrt_library import (
     AMPERE,
     AMPERE_AND_NEWER,
@@ -126,8 +127,8 @@ class TensorRtBackend:
 
     def check_graph(self, graph: Path, options: RunnerOptions, request: BuildRequest) -> Mapping[str, Any]:
         """Parse a graph and let the library judge it; return the number of its layers."""
-        with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
-            network = self._network(graph, Path(folder), options, request)
+        with _work_on(options) as folder:
+            network = self._network(graph, folder, options, request)
             network.check()
             return {"layers": len(network.layers())}
 
@@ -138,8 +139,8 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_layers import layers_of_engine, write_layers
 
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
-            network = self._network(graph, Path(folder), options, request)
+        with _work_on(options) as folder:
+            network = self._network(graph, folder, options, request)
             plan = network.build()
             engine.write_bytes(memoryview(plan))
             source, layers = "engine", network.built_layers()
@@ -169,12 +170,12 @@ class TensorRtBackend:
         queue = queue_of(options)
         if (options.plugin_route or self._kernels(is_wanted=True)[0]) == "jit":
             _plugins().register_plugins(self._trt, "jit")
-        with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
+        with _work_on(options) as folder:
             typed = None
             if weights is not None:
-                typed = self._typed_graph(weights, Path(folder), options, DEFAULT_REQUEST.engine)
+                typed = self._typed_graph(weights, folder, options, DEFAULT_REQUEST.engine)
             if file.suffix == ".onnx":
-                plan: Any = self._network(file, Path(folder), options, DEFAULT_REQUEST).build()
+                plan: Any = self._network(file, folder, options, DEFAULT_REQUEST).build()
             else:
                 plan = _read(file, self._trt)
             engine = load_engine(self._trt, plan, options, name=file.name, weights=typed)
@@ -186,8 +187,6 @@ class TensorRtBackend:
         from restyle_deploy.backends.tensorrt_network import Network, NetworkOptions
 
         processors, _ = self._targets(options, request.engine)
-        if options.device in find_devices()[0]:
-            set_current(options.device)
         timing_cache = None
         if request.cache is not None and not self._library.builds_anywhere:
             gpu = re.sub(r"[^A-Za-z0-9]+", "-", find_name(options.device)).strip("-")
@@ -272,6 +271,17 @@ class TensorRtBackend:
             return f"no GPU can run the engine here: {reason}"
         here = find_processor(options.device)
         return None if here in processors else f"the engine is for {join_processors(processors)}, this GPU is {here}"
+
+
+@contextmanager
+def _work_on(options: RunnerOptions) -> Iterator[Path]:
+    """Yield a folder for so long, with the device, where there is one, as the calling thread's."""
+    is_here = options.device in find_devices()[0]
+    with (
+        tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
+        current_device(options.device) if is_here else nullcontext(),
+    ):
+        yield Path(folder)
 
 
 def _plugins() -> Any:

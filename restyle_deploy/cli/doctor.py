@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--gpu", is_flag=True, help="Try kernels and engines on the first GPU; takes minutes.")
+@click.option("--gpu", is_flag=True, help="Try kernels, the loop and engines on the first GPU; takes minutes.")
 @click.option(
     "--bundle",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="With --gpu: build engines from this bundle, in a temporary copy.",
+    help="With --gpu: run this bundle's graphs, and build engines of them in a temporary copy.",
 )
 @json_option
 @click.pass_context
 def doctor(context: click.Context, gpu: bool, bundle: Path | None, as_json: bool) -> None:
     """Tell what is installed, what can run here, and how to mend the rest.
 
-    Exits with 1 if no backend can run. With --gpu: compiles our kernels for the GPU, compares them with torch, builds
-    and verifies engines, prints what came of it as the row for the table in docs/gpu.md, and exits with 1 if a check
-    failed or there is no GPU.
+    Exits with 1 if no backend can run. With --gpu: compiles our kernels for the GPU, compares them with torch and
+    Pillow, tries the loop on the device, builds and verifies engines, prints what came of it as the row for the table
+    in docs/gpu.md, and exits with 1 if a check failed or there is no GPU.
 
     Example: restyle-deploy doctor
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from restyle_deploy.cuda_driver import current_context, primary_context
 from restyle_deploy.ops.kernels.launches import Launch
 from restyle_deploy.ops.launching import enqueue
 
@@ -22,5 +23,6 @@ def run(launch: Launch, inputs: Sequence[Tensor | None], y: Tensor) -> None:
         BackendUnavailableError, BuildError: as `compile_kernels`.
     """
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-    with torch.cuda.device(y.device):
+    # Torch's own scope does nothing in a thread whose device it is already, though no context may be current there yet.
+    with current_context(primary_context(y.device.index)):
         enqueue(launch, addresses, y.data_ptr(), stream=torch.cuda.current_stream(y.device).cuda_stream)

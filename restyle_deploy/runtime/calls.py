@@ -86,7 +86,7 @@ class Call:
         is_pixels: whether images are to be uint8 [N, R, R', 3].
         stream: to wait for before, and to let wait afterwards; None for none.
         followed_streams: to let wait afterwards, as the start lies in memory of theirs.
-        kept_alive: what the images lie in, until they have been read.
+        kept_alive: what images on the device lie in, until they have been read.
     """
 
     inputs: Inputs
@@ -158,7 +158,7 @@ class Rules:
             is_pixels=request.image_type == "uint8",
             stream=stream,
             followed_streams=streams if stream is None else (*streams, stream),
-            kept_alive=request.images,
+            kept_alive=None if isinstance(images, np.ndarray) else images,
         )
 
     def _check_stream(self, stream: object) -> int:

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -36,16 +37,19 @@ class HostRun:
     def __init__(self, lease: Lease, event: Event, timings: InversionTimings | None) -> None:
         self.timings = timings
         self._lease, self._event = lease, event
+        self._is_finished = False
 
     def is_done(self) -> bool:
         """Whether the results have arrived; does not wait."""
         return self._event.is_done()
 
     def finish(self) -> None:
-        """Wait, bring the results to where the caller gets them, and give the slot back."""
+        """Wait, bring the results to where the caller gets them, and give the slot back; safe to call twice."""
+        if self._is_finished:  # the slot may be another call's by now
+            return
         self._event.wait()
         self._lease.slot.deliver()
-        self._lease.slot.event = None  # there is nothing that the next call would have to wait for
+        self._is_finished = True
         self._lease.end()
 
 
@@ -94,6 +98,8 @@ class Execution:
 
     def find_array(self, source: object, stream: int | None) -> Array | None:
         """Return a caller's array as the device sees it; see `Device.external_array`."""
+        if self._device.is_host:  # nothing is enqueued: whoever asks need not wait for the run that goes on
+            return self._device.external_array(source, stream=stream)
         with self._lock:
             return self._device.external_array(source, stream=stream)
 
@@ -125,7 +131,6 @@ class Execution:
                 timings.append(self._enqueue(call, inputs.part(first, last), first, lease.slot, results))
             event = lease.slot.event
             assert event is not None
-            self._keep_alive(event, call.kept_alive)
         measured = sum_timings([one for one in timings if one is not None])
         return DeviceInversion(results.arrays, lease, event, timings=measured)
 
@@ -149,11 +154,10 @@ class Execution:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._device.synchronize()
-            self._in_flight.clear()
-            self.loops.close()
-            self._close_runners()
-            self._memory.close()
+            with ExitStack() as closing:  # all of them, though a device that has failed refuses each
+                for release in (self._memory.close, self._close_runners, self.loops.close, self._in_flight.clear):
+                    closing.callback(release)
+                self._device.synchronize()
 
     def _start_host_run(self, call: Call, first: int, results: HostResults) -> HostRun:
         """Enqueue the run of a call that begins with image `first`."""
@@ -191,6 +195,7 @@ class Execution:
                 device.hold_stream(stream)
         finally:
             end = slot.event = device.record(timing=timed)
+            self._keep_alive(end, call.kept_alive)
         self.loops.record(loop)
         if not timed:
             return None
@@ -229,8 +234,10 @@ class Execution:
         """Hold what a caller's array lies in until it has been read; let go of what has been."""
         while self._in_flight and self._in_flight[0][0].is_done():
             self._in_flight.popleft()
-        self._in_flight.append((event, kept))
+        if kept is not None:
+            self._in_flight.append((event, kept))
 
     def _close_runners(self) -> None:
-        for runner in self._runners:
-            runner.close()
+        with ExitStack() as closing:
+            for runner in self._runners:
+                closing.callback(runner.close)

@@ -11,8 +11,8 @@ from restyle_deploy.device_array import Array
 from restyle_deploy.runtime.base import Block, Event, Replay
 from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
 
-# Of DLPack's `DLDeviceType`.
-_DLPACK_CPU = 1
+# Of DLPack's `DLDeviceType`: the host's memory, and what CUDA and ROCm have pinned of it.
+_DLPACK_HOST = (1, 3, 11)
 
 
 class HostBlock:
@@ -159,7 +159,7 @@ def array_on_host(source: Any, device: str) -> NDArray[Any] | None:
             raise ValueError(f"images: an array on a GPU, the session is on {device}; copy it to the host")
         return None
     kind, index = source.__dlpack_device__()
-    if int(kind) != _DLPACK_CPU:
+    if int(kind) not in _DLPACK_HOST:
         raise ValueError(
             f"images: an array of device {int(index)} of kind {int(kind)} in DLPack's count, "
             f"the session is on {device}; copy it to the host"

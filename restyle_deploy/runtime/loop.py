@@ -100,18 +100,21 @@ class BoundGraphs:
         """
         self.state, self.batch, self.steps_kept = state, batch, steps_kept
         self._kept = _KeptSteps(device, graphs, batch=batch, steps=steps_kept) if steps_kept else None
-        shared = {name: state.part(name, 0, batch) for name in state.names}
-        self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
         self.encoder_runs: list[list[Run]] = []
         self.generator_runs: list[list[Run]] = []
         self.preview_runs: list[list[Run]] = []
-        for turn in range(steps_kept or len(LATENTS)):
-            before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
-            self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
-            rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
-            self.generator_runs.append(graphs["generator"].bind(rendered))
-            if "preview" in graphs:
-                self.preview_runs.append(graphs["preview"].bind(rendered))
+        with ExitStack() as refused:
+            refused.callback(self.close)
+            shared = {name: state.part(name, 0, batch) for name in state.names}
+            self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
+            for turn in range(steps_kept or len(LATENTS)):
+                before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
+                self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
+                rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
+                self.generator_runs.append(graphs["generator"].bind(rendered))
+                if "preview" in graphs:
+                    self.preview_runs.append(graphs["preview"].bind(rendered))
+            refused.pop_all()
 
     def results(self, steps: int, count: int) -> list[tuple[Array, Array]]:
         """Return (image, latent) of the first `count` images, for each step that is kept: views."""
@@ -127,26 +130,30 @@ class BoundGraphs:
     def _image(self, step: int, count: int) -> Array:
         if self._kept is None:
             return self.state.part("image", 0, count)
-        first = step * self.batch
-        return self._kept.arrays.part("image", first, first + count)
+        return self._kept.part("image", step, count)
 
     def _latent(self, step: int, count: int) -> Array:
         """Return what step `step`, counted from 1, has written; 0 for what the first one reads."""
         if self._kept is None or step == 0:
             return self.state.part(LATENTS[step % len(LATENTS)], 0, count)
-        first = (step - 1) * self.batch
-        return self._kept.arrays.part("latent", first, first + count)
+        return self._kept.part("latent", step - 1, count)
 
 
 class _KeptSteps:
-    """Images and latents of all steps."""
+    """Images and latents of all steps, each step's at an address of its own that libraries can vectorise from."""
 
     def __init__(self, device: Device, graphs: Mapping[str, LoadedGraph], *, batch: int, steps: int) -> None:
         specs = {spec.name: spec for spec in (*graphs["generator"].record.inputs, *graphs["generator"].record.outputs)}
-        shapes = {name: specs[name].concrete_shape(1)[1:] for name in ("latent", "image")}
-        places, nbytes = place_arrays(shapes, steps * batch)
+        shapes = {
+            f"{name} {step}": specs[name].concrete_shape(1)[1:] for name in ("latent", "image") for step in range(steps)
+        }
+        places, nbytes = place_arrays(shapes, batch)
         self.block = device.allocate(nbytes)
-        self.arrays = Arrays(device, self.block, places)
+        self._arrays = Arrays(device, self.block, places)
+
+    def part(self, name: str, step: int, count: int) -> Array:
+        """Return the first `count` rows of a step, counted from 0."""
+        return self._arrays.part(f"{name} {step}", 0, count)
 
 
 class Loop:
@@ -270,8 +277,9 @@ class LoopCache:
 
     def close(self) -> None:
         """Release all loops; safe to call twice."""
-        while self._loops:
-            self._drop()
+        with ExitStack() as closing:
+            for _ in self._loops:
+                closing.callback(self._drop)
 
     def _bound(self, batch: int, steps_kept: int) -> BoundGraphs | None:
         """Return the graphs that are bound for loops of a batch size, and of the steps that are kept."""
@@ -288,6 +296,10 @@ class LoopCache:
 
     def _drop(self, *, kept: BoundGraphs | None = None) -> None:
         _, loop = self._loops.popitem(last=False)
-        loop.close()
-        if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
-            loop.graphs.close()
+        try:
+            if not self._device.is_host:
+                self._device.synchronize()  # its runs may be in the queue, and go with what they are bound to
+            loop.close()
+        finally:
+            if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
+                loop.graphs.close()

@@ -52,8 +52,10 @@ class SessionMemory:
             kept = memory.pop_all()
 
             def release() -> None:
-                kept.close()
-                device.close()
+                try:
+                    kept.close()
+                finally:
+                    device.close()
 
             # Results that callers hold on the device keep the memory, and the device with it.
             self.slots = Slots(first, self._create_slot, release=release)

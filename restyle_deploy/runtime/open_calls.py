@@ -44,10 +44,14 @@ class OpenCalls:
                 self.__exit__(None, None, None)
 
         self.__enter__()
-        with self._changed:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="restyle-deploy")
-            return self._worker.submit(run)
+        try:
+            with self._changed:
+                if self._worker is None:
+                    self._worker = ThreadPoolExecutor(1, thread_name_prefix="restyle-deploy")
+                return self._worker.submit(run)
+        except BaseException:  # the interpreter ends, and takes no more work
+            self.__exit__(None, None, None)
+            raise
 
     def close(self) -> None:
         """Refuse further calls, and wait for those that go on; safe to call twice."""

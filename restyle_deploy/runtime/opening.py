@@ -23,6 +23,7 @@ from restyle_deploy.runtime.base import Device
 from restyle_deploy.runtime.deployment import SUFFIX, Deployment, read_deployment
 from restyle_deploy.runtime.host_device import HostDevice
 from restyle_deploy.runtime.loop import LoadedGraph, load_graphs
+from restyle_deploy.runtime.targets import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +53,15 @@ def deployment_of(bundle: str | Path, given: Mapping[str, Any]) -> Deployment:
         given: values of a `Deployment` that win over the file's and the defaults; None counts as not given.
     Raises:
         BundleError: see `read_deployment`.
-        ValueError: threads or max_batch below 1.
+        TypeError, ValueError: threads or max_batch are no whole number, or below 1.
     """
     path = Path(bundle)
     is_file = path.suffix == SUFFIX and not path.is_dir()
     deployment = read_deployment(path) if is_file else Deployment(bundle=path)
     values = {name: value for name, value in given.items() if value is not None}
     for name in ("threads", "max_batch"):
-        if values.get(name, 1) < 1:
-            raise ValueError(f"{name} is {values[name]}, expected at least 1")
+        if name in values:
+            check_count(name, values[name])
     return replace(deployment, **values)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.device_array import Array, DeviceArray
-from restyle_deploy.errors import VerificationError
+from restyle_deploy.errors import DeviceError, VerificationError
 from restyle_deploy.runtime.base import Event
 from restyle_deploy.runtime.slots import Lease
 
@@ -138,24 +138,28 @@ class PendingInversion(Generic[Result]):
 
     def __init__(self, *, is_done: Callable[[], bool], finish: Callable[[], Result]) -> None:
         """Take what asks and what waits, and returns or raises; that is called once."""
-        self._ask, self._finish = is_done, finish
+        self._ask = is_done
+        self._finish: Callable[[], Result] | None = finish
         self._lock = threading.Lock()
         self._outcome: Result | BaseException | None = None
 
     def is_done(self) -> bool:
         """Whether it has ended, well or not; does not wait."""
-        return self._outcome is not None or self._ask()
+        try:
+            return self._outcome is not None or self._ask()
+        except DeviceError:  # so it has, and `result` says how
+            return True
 
     def wait(self) -> None:
         """Wait until it has ended, well or not."""
         with self._lock:
-            if self._outcome is not None:
+            if self._finish is None:
                 return
             try:
                 self._outcome = self._finish()
             except Exception as error:  # kept for `result`, which raises it
                 self._outcome = error
-            self._finish = self.result  # what the former one holds is done with
+            self._finish = None  # what it holds is done with
 
     def result(self) -> Result:
         """Wait and return what `Session.invert` returns, or raise what it raises; each time the same."""

@@ -211,7 +211,8 @@ class Session:
         Args:
             images: uint8 [N, H, W, 3] RGB of any size (resized as upstream does), or float32 [N, 3, h, w] in [-1, 1]
                 of the encoder's size. Only read. NumPy's, or another library's by DLPack; on a GPU also an array in its
-                memory, contiguous, by DLPack or `__cuda_array_interface__`, which is read in place.
+                memory, contiguous, by DLPack or `__cuda_array_interface__`, which is read in place: write to it again
+                in `stream`, or once the result is there.
             steps: refinement steps, at least 1; None for the deployment's, else 5, as upstream.
             every_step: keep each step: a leading steps axis on images and latents. Not with preview_steps.
             max_batch: images of one run; more are split. None, or more than the session's, for the session's. An engine
@@ -248,6 +249,12 @@ class Session:
             if call.is_on_device:
                 return self._execution.invert_on_device(call)
             return self._execution.invert_to_host(call)
+
+    @overload
+    def invert_async(self, images: NDArray[Any], **options: Any) -> PendingInversion[InversionResult]: ...
+
+    @overload
+    def invert_async(self, images: object, **options: Any) -> PendingInversion[Inversion]: ...
 
     def invert_async(self, images: object, **options: Any) -> PendingInversion[Inversion]:
         """Begin to invert images, and return at once.

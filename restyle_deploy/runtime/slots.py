@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import numpy as np
@@ -40,10 +41,21 @@ class SlotMemory:
         return self._own, 0
 
     def grow(self, nbytes: int) -> None:
-        """Have at least so many bytes, in another block if need be; what was there is lost."""
-        if nbytes > self._nbytes:
-            self.close()
-            self._given, self._nbytes = None, nbytes
+        """Have at least so many bytes, in another block if need be; what was there is lost.
+
+        Raises:
+            DeviceError: there is not so much memory; it is as large as before.
+        """
+        if nbytes <= self._nbytes:
+            return
+        former = self._given, self._nbytes
+        self.close()
+        self._given, self._nbytes = None, nbytes
+        try:
+            self.block()
+        except BaseException:
+            self._given, self._nbytes = former
+            raise
 
     def close(self) -> None:
         """Give back a block of its own; safe to call twice."""
@@ -96,6 +108,7 @@ class Slot:
         self._results = SlotMemory(device.allocate, result_bytes, results)
         self._arrivals = SlotMemory(device.allocate_host, result_bytes, pinned_results)
         self._deliveries: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._is_staged = False  # whether work up to `event` may read the staging
 
     @staticmethod
     def nbytes(shapes: Mapping[str, tuple[int, ...]], *, rows: int, input_bytes: int) -> int:
@@ -109,14 +122,15 @@ class Slot:
             self._staging.block()
 
     def stage(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Copy arrays into pinned memory, once what was enqueued last has ended; on the host return them as they are.
+        """Copy arrays into pinned memory, once no work reads it any more; on the host return them as they are.
 
         Other threads may call the device meanwhile.
         """
         if self._device.is_host or not arrays:
             return dict(arrays)
-        if self.event is not None:
+        if self.event is not None and self._is_staged:
             self.event.wait()
+        self._is_staged = True
         block, offset = self._staging.block()
         staged = {}
         for name, array in arrays.items():
@@ -177,15 +191,17 @@ class Slot:
         for destination, staged in self._deliveries:
             np.copyto(destination, staged)
         self._deliveries.clear()
+        self.event, self._is_staged = None, False  # there is nothing that the next call would have to wait for
 
     def forget_deliveries(self) -> None:
-        """Leave what may arrive undelivered, after an error."""
+        """Leave what may arrive undelivered, after an error, and let go of where it would have gone."""
         self._deliveries.clear()
 
     def close(self) -> None:
         """Give back what is not of the arena; safe to call twice."""
-        for memory in (self._staging, self._inputs, self._results, self._arrivals):
-            memory.close()
+        with ExitStack() as closing:
+            for memory in (self._staging, self._inputs, self._results, self._arrivals):
+                closing.callback(memory.close)
 
     def _array(
         self, memory: SlotMemory, name: str, leading: tuple[int, ...], shape: tuple[int, ...], dtype: str
@@ -248,7 +264,6 @@ class Slots:
             self._free.remove(slot)
         else:
             slot = self._create(rows)
-        slot.forget_deliveries()
         self._out[id(slot)] = slot
         return Lease(slot, self._give_back)
 
@@ -260,17 +275,18 @@ class Slots:
         self._finish()
 
     def _give_back(self, slot: Slot) -> None:
+        slot.forget_deliveries()
         self._returned.append(slot)
         self._out.pop(id(slot), None)
         if self._is_closed:
             self._finish()
 
     def _finish(self) -> None:
-        with self._closing:  # the last slots may come back in several threads
-            while self._returned:
-                self._returned.popleft().close()
+        with self._closing, ExitStack() as closing:  # the last slots may come back in several threads
             if not self._out:
-                self._release()
+                closing.callback(self._release)
+            while self._returned:
+                closing.callback(self._returned.popleft().close)
 
     def _close_spares(self) -> None:
         """Close those further slots that have been free for longest."""

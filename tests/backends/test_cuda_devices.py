@@ -11,7 +11,7 @@ from restyle_deploy.backends.cuda_devices import device_arrays, find_devices, in
 from tests.backends.host_driver.stand_in import HostDriver
 from tests.backends.recording_library import RecordingQueue, array_at
 
-IMPORT = "from restyle_deploy.backends.cuda_devices import find_devices, find_name, find_processor, set_current\n"
+IMPORT = "from restyle_deploy.backends.cuda_devices import find_devices, find_name, find_processor, current_device\n"
 
 
 @pytest.mark.parametrize(("capability", "processor"), [("8.9", "sm_89"), ("12.0", "sm_120")])
@@ -21,9 +21,15 @@ def test_gpu_of_this_machine(host_driver: HostDriver, capability: str, processor
     assert run.output == f"(('cuda:0',), '');{processor};Host stand-in\n"
 
 
-def test_device_is_made_current(host_driver: HostDriver) -> None:
-    run = host_driver.run(IMPORT + "set_current('cuda:0')")
-    assert len(run.named("cuCtxSetCurrent")) == 1
+def test_device_is_current_for_so_long(host_driver: HostDriver) -> None:
+    script = """
+from cuda.bindings import driver
+from restyle_deploy.cuda_driver import primary_context
+with current_device("cuda:0"):
+    print(int(driver.cuCtxGetCurrent()[1]) == primary_context(0))
+print(int(driver.cuCtxGetCurrent()[1]))
+"""
+    assert host_driver.run(IMPORT + script).output == "True\n0\n"
 
 
 def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:

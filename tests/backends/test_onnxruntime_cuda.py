@@ -84,8 +84,10 @@ class FakeOrt:
     def current_context(self, context: int) -> Iterator[None]:
         """Stand in for the one of `cuda_driver`; a context is its device's number."""
         self.contexts.append(context)
-        yield
-        self.contexts.pop()
+        try:
+            yield
+        finally:
+            self.contexts.pop()
 
     def _change_device(self, expected: int) -> None:
         """What the library does to the calling thread, which it does not undo."""

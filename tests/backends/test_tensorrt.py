@@ -1,5 +1,6 @@
 """TensorRT for RTX really builds here, on the CPU; what needs a GPU or TensorRT itself is marked, and says so."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -55,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There seem to be two GPUs; nothing can run on them."""
     monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
     monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_89")
-    monkeypatch.setattr(backend_module, "set_current", lambda device: None)
+    monkeypatch.setattr(backend_module, "current_device", lambda device: contextlib.nullcontext())
 
 
 @pytest.fixture(scope="module")

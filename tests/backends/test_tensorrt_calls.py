@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +30,21 @@ NO_PLUGINS = EngineOptions(no_plugins=True)
 
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """There seem to be two GPUs; the list has those that became current."""
+    """There seem to be two GPUs; the list has those that are current."""
     current: list[str] = []
+
+    @contextmanager
+    def current_device(device: str) -> Iterator[None]:
+        current.append(device)
+        try:
+            yield
+        finally:
+            current.pop()
+
     monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
     monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_89")
     monkeypatch.setattr(backend_module, "find_name", lambda device: {"cuda:1": "NVIDIA RTX 4000 (Ada)"}[device])
-    monkeypatch.setattr(backend_module, "set_current", current.append)
+    monkeypatch.setattr(backend_module, "current_device", current_device)
     return current
 
 
@@ -170,14 +180,28 @@ def test_no_timing_cache_after_a_build_is_none_to_keep(library: RecordingLibrary
     assert not list(tmp_path.glob("*.cache"))
 
 
-def test_device_is_current_before_the_library_is_asked(
+def test_device_is_current_while_the_library_is_asked_and_the_callers_afterwards(
     library: RecordingLibrary, graph: Path, tmp_path: Path, gpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_module, "set_current", lambda device: library.calls.append(("current", device)))
+    current = []
+
+    def note_device(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*given: Any) -> Any:
+            current.append([*gpus])
+            return ask(*given)
+
+        return asked
+
+    for name in ("Builder", "Runtime"):
+        monkeypatch.setattr(library, name, note_device(getattr(library, name)))
     build(library, graph, tmp_path)
-    TensorRtBackend(TENSORRT, library).check_graph(graph, OPTIONS, BuildRequest(engine=NO_PLUGINS))
-    asked = [call for call in library.calls if call[0] in ("current", "Builder", "deserialize")]
-    assert asked == [("current", "cuda:1"), ("Builder",), ("deserialize", False), ("current", "cuda:1"), ("Builder",)]
+    backend = TensorRtBackend(TENSORRT, library)
+    backend.check_graph(graph, OPTIONS, BuildRequest(engine=NO_PLUGINS))
+    library.plan = None
+    with pytest.raises(BuildError, match="no memory is left"):
+        backend.load(graph, (), (), replace(OPTIONS, plugin_route="functions"))
+    assert current == [["cuda:1"]] * 4
+    assert gpus == []
 
 
 # Kernels

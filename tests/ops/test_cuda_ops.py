@@ -259,7 +259,8 @@ def test_a_filter_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_launch_is_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_launch, "primary_context", lambda index: index)
+    monkeypatch.setattr(cuda_launch, "current_context", lambda context: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(cuda_launch, "enqueue", lambda *arguments, stream: made.append((*arguments, stream)))
     x, bias = torch.zeros(1, 2, 3, 4), torch.zeros(2)

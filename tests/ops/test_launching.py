@@ -92,6 +92,34 @@ print(int(stream.handle))
     assert call.arguments[-2] == run.output.strip()
 
 
+def test_a_thread_that_has_not_met_cuda_launches_for_torch(host_driver: HostDriver) -> None:
+    """Torch makes no context current in a thread that takes its memory from what is kept."""
+    script = f"""
+import contextlib
+import threading
+from types import SimpleNamespace
+import torch
+from cuda.bindings import driver
+from restyle_deploy.ops.cuda_launch import run
+from restyle_deploy.ops.kernels.launches import Launch
+
+torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)
+torch.cuda.device = contextlib.nullcontext  # the device is the thread's already: torch does nothing
+
+def work():
+    y = SimpleNamespace(device=torch.device("cuda:0"), data_ptr=lambda: 1 << 41)
+    run({LAUNCHES["fused_bias_act"]!r}, [None] * 5, y)
+    print("launched", int(driver.cuCtxGetCurrent()[1]))
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    run = host_driver.run(script, parameters=PARAMETERS["fused_bias_act"])
+    assert run.output == "launched 0\n"
+    assert len(run.named("cuLaunchKernelEx")) == 1
+
+
 def test_a_stream_is_wrapped_once() -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     stream = launching._wrap_stream(7)

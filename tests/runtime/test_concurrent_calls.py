@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from restyle_deploy import InversionResult, Session
+from restyle_deploy import InversionResult, PendingInversion, Session
 from restyle_deploy.errors import ShapeError, VerificationError
 from restyle_deploy.runtime.results import DeviceInversion
 from tests.fakes import Buffers, create_session, encode, expected_latents
@@ -78,7 +78,11 @@ def test_threads_get_their_own_results_on_the_device() -> None:
 def test_pending_inversion_gives_what_invert_gives(where: str, count: int) -> None:
     session, *_ = create_session(device=device_of(where), max_batch=2)
     expected = session.invert(targets_of(count), steps=3, every_step=True, image_type="uint8")
-    pending = session.invert_async(targets_of(count), steps=3, every_step=True, image_type="uint8")
+    images: NDArray[np.float32] = targets_of(count)
+    # The annotation is part of the test: who passes NumPy's arrays gets them without asking.
+    pending: PendingInversion[InversionResult] = session.invert_async(
+        images, steps=3, every_step=True, image_type="uint8"
+    )
     result = pending.result()
     assert isinstance(result, InversionResult)
     np.testing.assert_array_equal(result.images, expected.images)
@@ -106,6 +110,20 @@ def test_pending_inversion_that_is_dropped_spoils_no_later_one() -> None:
     for seed in range(5):
         session.invert_async(targets_of(2, seed), steps=2)
     assert_latents(session.invert(targets_of(2, 9), steps=2).latents, targets_of(2, 9), 2)
+
+
+def test_pending_inversion_does_not_wait_for_results_that_were_dropped() -> None:
+    device = RecordingDevice()
+    session, *_ = create_session(device=device)
+    for seed in range(3):
+        session.invert(device.put(targets_of(2, seed)), steps=2)
+        session.invert(targets_of(2, seed), steps=2)
+    session.invert(device.put(targets_of(2, 7)), steps=2)
+    waits = device.count()["wait"]
+    pending = session.invert_async(targets_of(2, 8), steps=2)
+    assert device.count()["wait"] == waits
+    assert not pending.is_done()
+    assert_latents(pending.result().latents, targets_of(2, 8), 2)
 
 
 def test_pending_inversion_on_the_device() -> None:
@@ -141,6 +159,20 @@ def test_host_works_in_one_thread_in_order() -> None:
         assert_latents(one.result().latents, targets_of(1, seed), 2)
     session.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("restyle-deploy")]
+
+
+def test_tensor_of_the_host_is_taken_at_once() -> None:
+    torch = pytest.importorskip("torch")
+    session, may_go_on, has_begun = blocked_session()
+    first = session.invert_async(targets_of(1), steps=2)
+    assert has_begun.wait(10)
+    asking = ThreadPoolExecutor(1).submit(session.invert_async, torch.from_numpy(targets_of(1, 1)), steps=2)
+    try:
+        second = asking.result(timeout=5)
+    finally:
+        may_go_on.set()
+    assert_latents(first.result().latents, targets_of(1), 2)
+    assert_latents(second.result().latents, targets_of(1, 1), 2)
 
 
 @everywhere

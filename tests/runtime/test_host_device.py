@@ -139,6 +139,18 @@ def test_tensor_that_cannot_be_read_is_refused() -> None:
         create_session()[0].invert(torch.zeros((1, 3, 32, 32), requires_grad=True))
 
 
+@pytest.mark.parametrize("kind", [1, 3, 11])
+def test_memory_that_a_gpu_library_has_pinned_is_the_hosts(kind: int) -> None:
+    class Pinned(OnDevice):
+        def __dlpack__(self, **options: Any) -> Any:
+            return array.__dlpack__(**options)
+
+    array = picture(0)[None]
+    view = array_on_host(Pinned(kind), "cpu")
+    assert view is not None
+    assert view.ctypes.data == array.ctypes.data
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [

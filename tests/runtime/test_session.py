@@ -295,6 +295,7 @@ def test_session_is_closed_after_an_error() -> None:
         ({"backend": "abacus"}, ValueError, "unknown backend 'abacus'"),
         ({"threads": 0}, ValueError, "threads is 0, expected at least 1"),
         ({"threads": -1}, ValueError, "threads is -1, expected at least 1"),
+        ({"max_batch": 2.5}, TypeError, "max_batch is a float, expected a whole number"),
         ({"device": "abacus"}, BackendUnavailableError, "device 'abacus' cannot run here"),
         ({"precision": "abacus"}, BackendUnavailableError, "precision abacus cannot run here"),
         ({"bundle": "nowhere"}, BundleError, "nowhere: no bundle"),

@@ -325,5 +325,7 @@ DRIVER_CALL cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* 
 DRIVER_CALL cuLaunchKernelEx(const CUlaunchConfig* at, CUfunction function, void** arguments, void**) {
     Call call(__func__, kernel_of(function)->name, at->gridDimX, at->gridDimY, at->gridDimZ, at->blockDimX,
               at->blockDimY, at->blockDimZ, at->sharedMemBytes, reinterpret_cast<std::uintptr_t>(at->hStream), values_of(arguments));
+    // Documented: the context is the stream's or, of a default stream, the calling thread's.
+    if (is_default(at->hStream) && !has_context()) return CUDA_ERROR_INVALID_CONTEXT;
     return enqueue(at->hStream, [] {});
 }
