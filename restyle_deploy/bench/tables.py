@@ -96,8 +96,8 @@ def _settled_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
     metrics = {metric.name: metric.label for metric in report.metrics}
     told: dict[str, list[str]] = {}
     for result in report.configurations:
-        steps = sorted(result.settled_at_steps.items(), key=lambda item: list(metrics).index(item[0]))
-        text = ", ".join(f"{count_steps(count)} ({metrics[name]})" for name, count in steps)
+        settled = result.settled_at_steps
+        text = ", ".join(f"{count_steps(settled[name])} ({metrics[name]})" for name in metrics if name in settled)
         if text:
             told.setdefault(text, []).append(labels[result.configuration.name])
     return [

@@ -71,10 +71,9 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
     why; the exit status is 1 then, and where nothing meets --budget-ms and --min-quality. After Ctrl-C, --resume goes
     on with what is not measured yet.
 
-    \b
-    Examples:
-      restyle-deploy bench engines/demo-faces examples/photos -o out --steps 1,2,3,5,10
-      restyle-deploy bench faces photos -o out --backend all --plan engine,plain --batch 1,4 --budget-ms 200
+    All backends at two batches, and a choice within 200 ms: --backend all --batch 1,4 --budget-ms 200.
+
+    Example: restyle-deploy bench engines/demo-faces examples/photos -o out --steps 1,2,3,5,10
     """
     from restyle_deploy.bench.matrix import configurations_of
     from restyle_deploy.bench.run import REPORT_NAME, run_bench

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from restyle_deploy.bench.report import Report
-from restyle_deploy.bench.tables import format_table, table_of
+from restyle_deploy.bench.tables import format_table, notes_of, table_of
 
 
 def test_a_line_per_configuration_and_step_count(report: Report) -> None:
@@ -60,7 +60,19 @@ def test_text_names_what_is_unstable_failed_skipped_or_missing(report: Report) -
 
 
 def test_text_of_a_stable_report_is_the_table_alone(report: Report) -> None:
-    calm = replace(report, configurations=report.configurations[:1], metrics=report.metrics[:1])
+    first = replace(report.configurations[0], settled_at_steps={})
+    calm = replace(report, configurations=(first,), metrics=report.metrics[:1])
     lines = format_table(calm).splitlines()
     assert len(lines) == 6
     assert lines[1].split()[:3] == ["onnxruntime", "1", "2.52"]
+
+
+def test_from_which_step_on_a_gain_cannot_be_told(report: Report) -> None:
+    names = [metric.name for metric in report.metrics[:2]]
+    settled = dict(zip(names, (3, 1), strict=True))
+    results = tuple(replace(result, settled_at_steps=settled) for result in report.configurations[:2])
+    (note,) = [line for line in notes_of(replace(report, configurations=results)) if "more steps" in line]
+    labels = [metric.label for metric in report.metrics[:2]]
+    assert note.endswith(
+        f": more steps gain less than these images tell from 3 steps ({labels[0]}), 1 step ({labels[1]}) on"
+    )

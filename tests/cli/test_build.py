@@ -251,7 +251,7 @@ def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
     ("arguments", "message"),
     [
         ([], "Missing option '--backend'"),
-        (["--backend", "abacus"], "'abacus' is not one of 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt-rtx'"),
+        (["--backend", "abacus"], "is not one of 'onnxruntime', 'openvino', 'pytorch', 'tensorrt', 'tensorrt-rtx'"),
         (["--backend", "onnxruntime", "--threads", "0"], "0 is not in the range x>=1"),
         (["--backend", "onnxruntime", "--seconds", "-1"], "-1.0 is not in the range x>=0"),
         (["--backend", "onnxruntime", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'tf32', 'fp16'"),

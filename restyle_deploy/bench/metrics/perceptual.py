@@ -170,8 +170,8 @@ def _cached_backbone() -> Path:
     files = sorted(folder.glob("alexnet-owt-*.pth"), key=lambda file: PUBLISHED_BACKBONE not in file.name)
     if not files:
         raise MetricError(
-            f"no AlexNet weights in torch's hub cache ({_from_home(folder)}), and they are not downloaded; give torchvision's "
-            f"alexnet-owt-{PUBLISHED_BACKBONE}.pth: --lpips-backbone FILE"
+            f"no AlexNet weights in torch's hub cache ({_from_home(folder)}), and they are not downloaded; "
+            f"give torchvision's alexnet-owt-{PUBLISHED_BACKBONE}.pth: --lpips-backbone FILE"
         )
     return files[0]
 
