@@ -93,7 +93,7 @@ def test_empty_sections_are_left_out(report: Report, tmp_path: Path) -> None:
     rows = tuple(replace(row, stages={}) for row in result.rows)
     plain = replace(
         report,
-        configurations=(replace(result, rows=rows, gains=(), load=()),),
+        configurations=(replace(result, rows=rows, gains=(), settled_at_steps={}, load=()),),
         metrics=report.metrics[:3],
         decision=None,
     )
