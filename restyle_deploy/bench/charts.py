@@ -219,13 +219,17 @@ def _number_points(axes: Axes, metric: MetricFacts, points: Sequence[Point]) -> 
 
 
 def _front(points: Sequence[Point], metric: MetricFacts) -> list[Point]:
-    """Return the points that are better than all that are faster."""
-    sign = 1 if metric.higher_is_better else -1
+    """Return the points that are better than all that are faster, by the decimals worth showing."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda item: (item.latency.median_ms, -sign * (_mean(item, metric) or 0.0))):
-        if not front or sign * (_mean(point, metric) or 0.0) > sign * (_mean(front[-1], metric) or 0.0):
+    for point in sorted(points, key=lambda item: (item.latency.median_ms, -_merit(item, metric))):
+        if not front or _merit(point, metric) > _merit(front[-1], metric):
             front.append(point)
     return front
+
+
+def _merit(point: Point, metric: MetricFacts) -> float:
+    mean = round(_mean(point, metric) or 0.0, metric.decimals)
+    return mean if metric.higher_is_better else -mean
 
 
 def _scale(axes: Axes, points: Sequence[Point], *, is_log_allowed: bool) -> None:

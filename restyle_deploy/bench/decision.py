@@ -108,12 +108,15 @@ def deployment_of(report: Report, bundle: Bundle) -> Deployment:
 
 
 def pareto_front(candidates: Sequence[Candidate], metric: MetricFacts) -> list[Candidate]:
-    """Return those that no other beats in latency, throughput and quality together, by rising latency."""
+    """Return those that no other beats in latency, throughput and quality together, by rising latency.
+
+    Quality counts with the decimals worth showing: backends differ in the last bits, of which nobody sees anything.
+    """
     sign = 1 if metric.higher_is_better else -1
 
     def merits(each: Candidate) -> tuple[float, float, float]:
         assert each.quality.mean is not None
-        return -each.row.latency.median_ms, each.row.throughput, sign * each.quality.mean
+        return -each.row.latency.median_ms, each.row.throughput, sign * round(each.quality.mean, metric.decimals)
 
     points = [(merits(each), each) for each in candidates]
     front = [
