@@ -132,7 +132,7 @@ def _compose(
     figure = Figure(figsize=(width, sum(heights)), dpi=CHART_DPI, layout="constrained")
     head, middle, legend, foot = figure.subfigures(4, 1, height_ratios=heights, squeeze=False)[:, 0]
     configurations = [result.configuration for result in report.configurations]
-    head.text(0.5, 0.7, title, ha="center", va="center", fontsize=13, color=TEXT_COLOUR)
+    head.text(0.5, 0.7, title, ha="center", va="center", fontsize=13, color=TEXT_COLOUR, parse_math=False)
     head.text(0.5, 0.25, unsaid_words(configurations), ha="center", va="center", fontsize=9.5, color=FAINT_COLOUR)
     foot.text(0.5, 0.5, text, ha="center", va="center", fontsize=8.5, color=FAINT_COLOUR)
     for index, draw in enumerate(panels, start=1):

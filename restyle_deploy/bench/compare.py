@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.report import ConfigurationResult, Report, Row
 from restyle_deploy.bench.series import labels_of
+from restyle_deploy.bench.stability import LEAST_SAMPLES
 from restyle_deploy.errors import ReportError
 
 RESAMPLES = 2000
@@ -59,7 +60,8 @@ class ComparedCell:
     Attributes:
         configuration, label, steps: which.
         verdict: "slower" and "faster" where the whole interval is on that side of 1; else "same", or "unclear" where
-            the interval reaches past the tolerance; "missing" is in the first report alone, "new" in the second.
+            the interval reaches past the tolerance, or there were fewer than `LEAST_SAMPLES` calls, whose interval
+            tells nothing; "missing" is in the first report alone, "new" in the second.
         latency: the ratio; above 1, the second is slower. `None` for missing and new rows.
         relative_to: the library of the reference model that both were measured beside in the same rounds, where they
             were: then `latency` is the ratio of the ratios to it, which a slower day of the machine leaves alone.
@@ -191,17 +193,18 @@ def _compare_cell(plan: _Plan, key: _Key, first: _Place, second: _Place) -> Comp
     change = _latency_change(rows, references, plan.generator)
     changes = [_quality_change(rows[0], rows[1], metric, plan.generator) for metric in plan.metrics]
     quality = tuple(item for item in changes if item is not None)
+    is_told = min(len(row.latency.samples_ms) for row in rows) >= LEAST_SAMPLES
     return ComparedCell(
         configuration=key[0],
         label=plan.labels[key[0]],
         steps=key[1],
-        verdict=_verdict(change, plan.fail_above),
+        verdict=_verdict(change, plan.fail_above) if is_told else "unclear",
         latency=change,
         relative_to=library,
         first_ms=rows[0].latency.median_ms,
         second_ms=rows[1].latency.median_ms,
         quality=quality,
-        failures=_failures(change, quality, plan.fail_above),
+        failures=_failures(change if is_told else None, quality, plan.fail_above),
     )
 
 
@@ -214,11 +217,11 @@ def _verdict(change: Change, fail_above: float | None) -> Verdict:
     return "unclear" if change.high > 1 + tolerance else "same"
 
 
-def _failures(change: Change, quality: Sequence[QualityChange], fail_above: float | None) -> tuple[str, ...]:
+def _failures(change: Change | None, quality: Sequence[QualityChange], fail_above: float | None) -> tuple[str, ...]:
     if fail_above is None:
         return ()
     failures = []
-    if change.low > 1 and change.ratio > 1 + fail_above:
+    if change is not None and change.low > 1 and change.ratio > 1 + fail_above:
         failures.append(f"{change.ratio - 1:.1%} slower, allowed are {fail_above:.1%}")
     for item in quality:
         if item.is_worse and abs(item.second - item.first) > fail_above * abs(item.first):

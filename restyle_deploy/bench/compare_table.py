@@ -1,9 +1,11 @@
-"""A comparison of two reports as text."""
+"""A comparison of two reports as text, and what is to be known of it."""
 
 from collections.abc import Sequence
 
 from restyle_deploy.bench.compare import ComparedCell
 from restyle_deploy.bench.figures import MetricFacts
+from restyle_deploy.bench.report import Report
+from restyle_deploy.bench.stability import LEAST_SAMPLES
 from restyle_deploy.bench.tables import count_steps, format_figure, format_lines
 
 
@@ -23,6 +25,27 @@ def format_comparison(cells: Sequence[ComparedCell], metrics: Sequence[MetricFac
         f"FAIL {cell.label}, {count_steps(cell.steps)}: {'; '.join(cell.failures)}" for cell in cells if cell.failures
     ]
     return "\n".join(text)
+
+
+def notes_of_pair(first: Report, second: Report) -> list[str]:
+    """Return what a reader of the comparison has to know: times not to be relied on, quality that is not compared."""
+    rows = [[row for result in report.configurations for row in result.rows] for report in (first, second)]
+    unstable = [sum(row.latency.unstable for row in of_report) for of_report in rows]
+    few = any(len(row.latency.samples_ms) < LEAST_SAMPLES for of_report in rows for row in of_report)
+    notes = []
+    if any(unstable):
+        notes.append(f"unstable times: {unstable[0]} rows of the first report, {unstable[1]} of the second")
+    if few:
+        notes.append(f"rows of fewer than {LEAST_SAMPLES} calls are unclear; bench --repeats 20 tells more")
+    if first.settings.image_names != second.settings.image_names:
+        return [*notes, "quality is not compared: the reports are of different images"]
+    others = {metric.name: metric for metric in second.metrics}
+    for metric in first.metrics:
+        other = others.get(metric.name)
+        if metric.missing is None and (other is None or other.missing is not None):
+            why = other.missing if other is not None else "not asked for"
+            notes.append(f"{metric.label} is not compared: the second report lacks it ({why})")
+    return notes
 
 
 def _line(cell: ComparedCell, metrics: Sequence[MetricFacts]) -> list[str]:

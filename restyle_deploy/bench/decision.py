@@ -77,7 +77,8 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
         if budget_ms is not None:
             good = _best_by_throughput(good)
         chosen = min(good, key=lambda each: (each.p95_ms, each.row.steps))
-        reason = _describe_choice(chosen, metric, wanted, len(candidates))
+        left_out = sum(result.status != "ok" for result in report.configurations)
+        reason = _describe_choice(chosen, metric, wanted, len(candidates), left_out)
     return Decision(
         configuration=chosen.key[0] if chosen else None,
         steps=chosen.key[1] if chosen else None,
@@ -184,13 +185,16 @@ def _best_by_throughput(good: Sequence[Candidate]) -> list[Candidate]:
 def _is_worse(each: Candidate, best: Candidate, metric: MetricFacts) -> bool:
     """Whether the images tell that a row is worse than another: the interval (95 %) of the paired difference says so.
 
-    Of a single image there is no interval: any difference counts.
+    Of a single image there is no interval. A mean difference below the decimals worth showing never counts: two
+    backends' last bits may differ the same way in every image.
     """
     pairs = zip(each.judged.per_image[metric.name], best.judged.per_image[metric.name], strict=True)
     sign = 1 if metric.higher_is_better else -1
     losses = np.array([sign * (better - own) for own, better in pairs if own is not None and better is not None])
+    if not losses.size or losses.mean() < 0.5 * 10**-metric.decimals:
+        return False
     low, _ = bootstrap_interval(losses)
-    return bool(low > 0 if low is not None else losses.size and losses.mean() > 0)
+    return low is None or low > 0
 
 
 def _describe_wish(budget_ms: float | None, minimums: Mapping[str, float], metrics: Sequence[MetricFacts]) -> str:
@@ -202,13 +206,14 @@ def _describe_wish(budget_ms: float | None, minimums: Mapping[str, float], metri
     return " and ".join(wishes) or "no limits"
 
 
-def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count: int) -> str:
+def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count: int, left_out: int) -> str:
     name, steps = chosen.key
     quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
     doubt = "; its latency is unstable: measure again" if chosen.row.latency.unstable else ""
     figures = f"p95 {chosen.p95_ms:.3g} ms, {chosen.row.throughput:.3g} images/s, {quality}"
     rows = f"{count} row{'s' * (count != 1)}"
-    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows} for {wanted}{doubt}"
+    without = f" ({left_out} configuration{'s' * (left_out != 1)} failed or skipped)" if left_out else ""
+    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows}{without} for {wanted}{doubt}"
 
 
 def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budget_ms: float | None) -> str:

@@ -20,7 +20,8 @@ def markdown_from_report(report: Report) -> str:
     front = set(report.decision.pareto) if report.decision is not None else set()
     best = [row for row, key in zip(table.rows, table.keys, strict=True) if key in front]
     if best and len(table.rows) > MAX_OPEN_ROWS:
-        lines += ["Points that none beats in both latency and quality:", "", *_table(table.headers, best), ""]
+        head = "Points that none beats in latency, images per second and quality together:"
+        lines += [head, "", *_table(table.headers, best), ""]
     everything = _table(table.headers, table.rows)
     if len(table.rows) > MAX_OPEN_ROWS:
         lines += _fold(f"All {len(table.rows)} rows", everything)

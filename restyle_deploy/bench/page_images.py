@@ -26,10 +26,13 @@ _ANCHORS = ("#000004", "#320a5e", "#781c6d", "#bc3754", "#ed6925", "#fbb61a", "#
 
 
 def images_section(report: Report, folder: Path) -> str:
-    """Return the strips of all configurations that have images in `folder`, or nothing."""
+    """Return the strips of the configurations that went well and have images in `folder`, or nothing.
+
+    Of the others, a former run's pictures may lie there.
+    """
     labels = labels_of([result.configuration for result in report.configurations])
     groups = []
-    for result in report.configurations:
+    for result in (result for result in report.configurations if result.status == "ok"):
         name = result.configuration.name
         images = [_reduce(item) for item in list(read_step_images(folder, name))[:MAX_IMAGES]]
         if images:

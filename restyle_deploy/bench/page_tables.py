@@ -48,12 +48,13 @@ def stages_section(report: Report) -> str:
 def load_section(report: Report) -> str:
     """Return the latency under load."""
     labels = _labels(report)
-    headers = ["configuration", "arrivals/s", "finished/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "dropped"]
+    headers = ["configuration", "arrivals/s", "finished/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "calls", "dropped"]
     rows = [
         (
             word_cell(labels[result.configuration.name]),
             *map(figure_cell, (point.rate_per_s, point.achieved_per_s)),
             *map(figure_cell, (point.p50_ms, point.p90_ms, point.p95_ms, point.p99_ms)),
+            Cell(text=str(len(point.samples_ms)), order=len(point.samples_ms)),
             Cell(text=str(point.dropped), order=point.dropped),
         )
         for result in report.configurations

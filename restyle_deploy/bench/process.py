@@ -33,7 +33,7 @@ def cause_of_death(status: int, log: Path) -> str:
         status: its exit status; negative for a signal.
         log: what it printed.
     """
-    if status == -signal.SIGKILL:
+    if status == -getattr(signal, "SIGKILL", 0) and status:  # Windows has none
         return "the process was killed; most likely it needed more memory than there is"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     cause = f"signal {-status}" if status < 0 else f"exit status {status}"

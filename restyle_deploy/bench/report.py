@@ -1,6 +1,7 @@
 """report.json: everything that was measured and where, enough to draw all charts and pages from."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class Configuration:
     @property
     def name(self) -> str:
         """Unique within a report and usable as a file's name, such as "onnxruntime-cpu-fp32-engine-b1"."""
-        parts = [self.backend, self.device.replace(":", ""), self.precision, self.plan]
+        parts = [self.backend, re.sub(r"[^A-Za-z0-9]", "", self.device), self.precision, self.plan]
         parts += ["preview"] if self.preview_steps else []
         parts += [f"b{self.batch}"]
         parts += [f"t{self.threads}"] if self.threads is not None else []
@@ -132,7 +133,7 @@ class Decision:
         budget_ms: latency of one call, at most.
         minimums: by metric (a maximum where lower is better).
         reason: one sentence.
-        pareto: configuration names and step counts that nothing beats in both latency and quality.
+        pareto: configuration names and step counts that nothing beats in latency, throughput and quality together.
     """
 
     configuration: str | None

@@ -157,7 +157,7 @@ def _check(images: Images, configurations: Sequence[Configuration], options: Ben
         raise ValueError("no configurations, expected at least one")
     if not names:
         raise ValueError("no images, expected at least one")
-    unusable = sorted({name for name in names if Path(f"{name}.png").stem != name or names.count(name) > 1})
+    unusable = sorted({name for name in names if not _is_file_name(name) or names.count(name) > 1})
     if unusable:
         raise ValueError(f"image names that are not unique file names: {', '.join(map(repr, unusable))}")
     _check_limits(options)
@@ -165,6 +165,10 @@ def _check(images: Images, configurations: Sequence[Configuration], options: Ben
         if options.against not in REFERENCES:
             raise ValueError(f"against is {options.against!r}, expected one of {', '.join(REFERENCES)}")
         require_reference_libraries()
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(f"{name}.png").stem == name and name not in (".", "..")
 
 
 def _check_limits(options: BenchOptions) -> None:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from restyle_deploy.bench.environment import Environment
 from restyle_deploy.bench.job import Job, key_of, plain_metric_options
 from restyle_deploy.bench.metrics import MetricOptions
+from restyle_deploy.bench.metrics.identity_input import sidecar_of
+from restyle_deploy.bench.metrics.perceptual import cached_backbone
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Part, read_part
 from restyle_deploy.bench.strips import IMAGES_FOLDER
 from restyle_deploy.bench.sweep import BatchPoint, next_batch
@@ -207,6 +209,12 @@ def _finished(place: Path, key: str) -> Part | None:
     return part if part.key == key and part.result.status == "ok" else None
 
 
-def _hashes_of(metrics: MetricOptions) -> list[str]:
-    files = (metrics.lpips_backbone, metrics.identity_model)
-    return [sha256_of_file(file) for file in files if file is not None and file.is_file()]
+def _hashes_of(metrics: MetricOptions) -> dict[str, str]:
+    """Return the hashes of all files that the metrics read, by what each is; those that are not there have none."""
+    model = metrics.identity_model
+    files = {
+        "backbone": metrics.lpips_backbone or cached_backbone(),
+        "model": model,
+        "sidecar": None if model is None else sidecar_of(model),
+    }
+    return {name: sha256_of_file(file) for name, file in files.items() if file is not None and file.is_file()}

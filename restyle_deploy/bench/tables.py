@@ -1,13 +1,15 @@
 """A report's figures as cells, for the terminal, the page and pull requests."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from restyle_deploy.bench.comparison import Ratio
 from restyle_deploy.bench.figures import Aggregate, MetricFacts, StepLatency
-from restyle_deploy.bench.report import ConfigurationResult, Report, Row
+from restyle_deploy.bench.report import Configuration, ConfigurationResult, Report, Row
 from restyle_deploy.bench.series import axis_label, labels_of, measured_metrics, missing_note
+from restyle_deploy.bench.sweep import LEAST_GROWTH, BatchPoint, next_batch, saturated_batch
 
 UNSTABLE_MARK = "!"
 
@@ -74,8 +76,8 @@ def format_lines(lines: Sequence[Sequence[str]]) -> str:
 
 
 def notes_of(report: Report) -> list[str]:
-    """Return one sentence for each row that is unstable, each configuration without rows, from which step count on the
-    gain cannot be told, and the missing metrics.
+    """Return one sentence for each row that is unstable, each configuration without rows, each batch that fills its
+    device, from which step count on the gain cannot be told, and the missing metrics.
     """
     labels = labels_of([result.configuration for result in report.configurations])
     notes = []
@@ -88,7 +90,23 @@ def notes_of(report: Report) -> list[str]:
                 reason = row.latency.reason or "no reason given"
                 notes.append(f"{UNSTABLE_MARK} {label}, {count_steps(row.steps)}: unstable: {reason}")
     missing = missing_note(report)
-    return notes + _settled_notes(report, labels) + ([missing] if missing else [])
+    return notes + _full_notes(report, labels) + _settled_notes(report, labels) + ([missing] if missing else [])
+
+
+def _full_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
+    """Return at which batch throughput ceased to grow, of configurations that differ in the batch alone."""
+    sweeps: dict[Configuration, dict[int, ConfigurationResult]] = {}
+    for result in report.configurations:
+        if result.rows:
+            sweeps.setdefault(replace(result.configuration, batch=1), {})[result.configuration.batch] = result
+    notes = []
+    for results in sweeps.values():
+        speeds = [BatchPoint(batch=batch, images_per_s=results[batch].rows[-1].throughput) for batch in sorted(results)]
+        full = saturated_batch(speeds)
+        if full is not None and next_batch(speeds, most_batch=sys.maxsize) is None:
+            label = labels[results[full].configuration.name]
+            notes.append(f"{label}: fills the device; larger batches bring less than {LEAST_GROWTH:.0%} more images/s")
+    return notes
 
 
 def _settled_notes(report: Report, labels: Mapping[str, str]) -> list[str]:

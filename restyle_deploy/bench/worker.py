@@ -8,6 +8,7 @@ some are done; what the libraries print goes to stderr.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,13 +57,15 @@ def run_job(
         late = True
         process.kill()
 
+    timer = None if seconds is None else Timer(seconds, end)
     with (
         log.open("wb") as stderr,
         # In a session of its own: a Ctrl-C reaches this process, which then ends that one.
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace", start_new_session=True
+        ) as process,
     ):
-        timer = None if seconds is None else Timer(seconds, end)
-        try:
+        try:  # at once: a Ctrl-C before would leave the process behind
             if timer:
                 timer.start()
             assert process.stdout is not None
@@ -73,11 +76,11 @@ def run_job(
                 timer.cancel()
             process.kill()
             job_file.unlink(missing_ok=True)
-    if late:
-        return _failed(job, key, "the time budget ran out while it was measured", status="skipped")
     try:
-        return read_part(part)
+        return read_part(part)  # complete, even if the time was over while the process ended
     except ReportError:
+        if late:
+            return _failed(job, key, "the time budget ran out while it was measured", status="skipped")
         return _failed(job, key, cause_of_death(status, log))
 
 
@@ -107,9 +110,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _follow(lines: IO[str], progress: Callable[[int, int], None]) -> None:
+    """Pass the progress on; other lines come from libraries that print before stdout is claimed."""
     for line in lines:
-        done, _, total = line.partition(" ")
-        progress(int(done), int(total))
+        if found := re.fullmatch(r"(\d+) (\d+)\n", line):
+            progress(int(found[1]), int(found[2]))
 
 
 def _failed(job: Job, key: str, reason: str, *, status: str = "failed") -> Part:

@@ -34,7 +34,7 @@ DEFAULT_STEPS = "1,2,3,5,10"
     "--warmup", type=click.IntRange(min=0), show_default="until stable", help="Calls before measuring, a fixed number."
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Measured calls.")
-@click.option("--sweep", "sweeps", is_flag=True, help="Double the batch until throughput no longer grows.")
+@click.option("--sweep", "sweeps", is_flag=True, help="Double the batch until throughput no longer grows, up to 64.")
 @click.option(
     "--load",
     "load_shares",

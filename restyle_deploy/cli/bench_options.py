@@ -14,6 +14,9 @@ from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS
 PLANS = ("engine", "plain")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
+# Those of `bench.metrics.METRICS`, which --help need not import.
+_METRIC_NAMES = ("mse", "l2", "psnr_db", "ssim", "ms_ssim", "lpips", "identity", "dlib")
+
 Callback = Callable[[click.Context, click.Parameter, str], Any]
 
 
@@ -146,7 +149,7 @@ def metric_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--metrics",
             "metric_names",
             callback=parse_metrics,
-            help="A list, such as psnr_db,lpips.",
+            help=f"A list of {', '.join(_METRIC_NAMES)}; see docs/metrics.md.",
             show_default="all that can run",
         ),
         click.option("--lpips-backbone", type=file, help="AlexNet weights of LPIPS; never downloaded."),

@@ -52,15 +52,18 @@ def compare(
     Prints for each configuration and step count the ratio of the latencies (above 1, B is slower) with a bootstrap
     interval, how quality has changed over the same images, and a verdict. Where both reports were measured with
     --against, the ratio is that of the ratios to the reference model, which a slower day of the machine leaves alone.
+    Reports of unlike machines or bundles are refused, with exit status 1.
 
     Example: restyle-deploy compare main/report.json branch/report.json --fail-above 5%
     """
     from restyle_deploy.bench.compare import compare_reports
-    from restyle_deploy.bench.compare_table import format_comparison
+    from restyle_deploy.bench.compare_table import format_comparison, notes_of_pair
     from restyle_deploy.bench.report import read_report
 
     reports = read_report(first), read_report(second)
     cells = compare_reports(*reports, fail_above=fail_above, different_allowed=allow_different_environments)
+    for note in notes_of_pair(*reports):
+        click.echo(f"Note: {note}", err=True)
     if as_json:
         click.echo(json.dumps([asdict(cell) for cell in cells], indent=2, allow_nan=False))
     else:

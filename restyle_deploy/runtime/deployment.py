@@ -109,8 +109,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _relative(bundle: Path, folder: Path) -> str:
+    # ".." means the parent of what a link points to; the bundle's own name may be a link, which others may move on.
+    place = os.path.join(os.path.realpath(bundle.absolute().parent), bundle.absolute().name)
     try:
-        return Path(os.path.relpath(bundle, folder)).as_posix()
+        return Path(os.path.relpath(place, os.path.realpath(folder))).as_posix()
     except ValueError:  # on Windows, when the two are on different drives
         return bundle.absolute().as_posix()
 

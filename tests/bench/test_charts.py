@@ -118,6 +118,10 @@ def test_without_any_metric_the_chart_says_so(report: Report, tmp_path: Path) ->
     assert "no metric has a finite value" in text
 
 
+def test_name_of_a_bundle_is_no_formula(report: Report, tmp_path: Path) -> None:
+    assert draw(replace(report, bundle=replace(report.bundle, name=r"a$\frac$b")), tmp_path)
+
+
 def test_one_step_count_is_drawn(report: Report, tmp_path: Path) -> None:
     result = report.configurations[1]
     short = replace(report, configurations=(replace(result, rows=result.rows[:1]),))

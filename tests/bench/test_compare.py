@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from restyle_deploy.bench.compare import ComparedCell, compare_reports, unlike_environments
-from restyle_deploy.bench.compare_table import format_comparison
+from restyle_deploy.bench.compare_table import format_comparison, notes_of_pair
 from restyle_deploy.bench.figures import StepLatency
 from restyle_deploy.bench.report import ConfigurationResult, Report, Row
 from restyle_deploy.errors import ReportError
@@ -110,6 +110,31 @@ def test_other_images_are_not_compared(report: Report) -> None:
     names = tuple(f"other-{name}" for name in report.settings.image_names)
     other = replace(report, settings=replace(report.settings, image_names=names))
     assert all(cell.quality == () for cell in compare_reports(report, other))
+
+
+def test_few_calls_tell_nothing(report: Report) -> None:
+    def shorten(row: Row) -> Row:
+        return replace(row, latency=replace(row.latency, samples_ms=row.latency.samples_ms[:1]))
+
+    slow = change(slow_down(report, 1, 1.5), 1, shorten)
+    cells = cells_of(compare_reports(report, slow, fail_above=0.05), report.configurations[1].configuration.name)
+    assert {(cell.verdict, cell.failures) for cell in cells} == {("unclear", ())}
+    assert "rows of fewer than 5 calls are unclear; bench --repeats 20 tells more" in notes_of_pair(report, slow)
+
+
+def test_notes_tell_what_is_unstable_or_not_compared(report: Report) -> None:
+    steady = replace(report, configurations=report.configurations[:1])
+    steady = change(steady, 0, lambda row: replace(row, latency=replace(row.latency, unstable=False)))
+    assert notes_of_pair(steady, steady) == []
+    shaky = change(steady, 0, lambda row: replace(row, latency=replace(row.latency, unstable=row.steps == 1)))
+    metrics = (replace(report.metrics[0], missing="broken"), *report.metrics[2:])
+    assert notes_of_pair(steady, replace(shaky, metrics=metrics)) == [
+        "unstable times: 0 rows of the first report, 1 of the second",
+        "MSE is not compared: the second report lacks it (broken)",
+        "PSNR (dB) is not compared: the second report lacks it (not asked for)",
+    ]
+    others = replace(steady, settings=replace(steady.settings, image_names=("other",)))
+    assert notes_of_pair(steady, others) == ["quality is not compared: the reports are of different images"]
 
 
 def test_missing_rows_fail_and_new_ones_do_not(report: Report) -> None:

@@ -97,6 +97,13 @@ def test_of_one_image_any_difference_counts(make: Make) -> None:
     assert chosen(report) == (FAST.name, 2)
 
 
+@pytest.mark.parametrize("images", [1, 5])
+def test_last_bits_of_a_backend_do_not_decide(make: Make, images: int) -> None:
+    report = make((FAST, [row(5, 18, images=images)]), (SLOW, [row(9, 18.000001, images=images)]))
+    assert chosen(report, budget_ms=20) == (FAST.name, 1)
+    assert chosen(report) == (FAST.name, 1)
+
+
 def test_batch_is_as_large_as_brings_something_within_the_budget(make: Make) -> None:
     results = [
         (replace(FAST, batch=batch), [row(ms, 18, batch=batch)]) for batch, ms in ((1, 5), (2, 6), (4, 8), (8, 15.8))
@@ -137,6 +144,12 @@ def test_lower_is_better_where_the_metric_says_so(report: Report) -> None:
     best = decide(report, budget_ms=None, minimums={"mse": 0.0})
     assert best.configuration is None
     assert "none of the rows measured has the quality (30)" in best.reason
+
+
+def test_reason_tells_how_many_configurations_were_not_measured(report: Report) -> None:
+    assert "chosen of 30 rows (2 configurations failed or skipped) for no limits" in (
+        decide(report, budget_ms=None, minimums={}).reason
+    )
 
 
 def test_failed_configurations_are_no_candidates(report: Report) -> None:

@@ -14,6 +14,7 @@ def test_decision_and_front_stand_open_and_the_rest_is_folded(report: Report) ->
         ["| openvino", "10"],
         ["| openvino, bf16", "1"],
     ]
+    assert "Points that none beats in latency, images per second and quality together:" in head
     assert "reference/this" not in head
     assert "reference/this" in folded
     assert folded.count("<details>") == folded.count("</details>") - 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
 
 from restyle_deploy.bench.metrics import METRICS, MetricOptions, open_metrics
 from restyle_deploy.bench.metrics.dlib_descriptor import open_dlib
@@ -82,7 +83,8 @@ def test_unknown_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "extra"), [("skimage", "ssim", "bench"), ("torchmetrics", "ms_ssim", "metrics")]
+    ("module", "name", "extra"),
+    [("skimage", "psnr_db", "bench"), ("skimage", "ssim", "bench"), ("torchmetrics", "ms_ssim", "metrics")],
 )
 def test_missing_libraries_are_told_with_the_command(
     module: str, name: str, extra: str, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +112,17 @@ def test_a_model_that_does_not_fit_is_found_at_opening(tmp_path: Path) -> None:
     file = write_model(tmp_path / "face.onnx", keepdims=1)
     with open_metrics(MetricOptions(names=("mse", "identity"), identity_model=file), SHAPE) as metrics:
         assert "its first output is [1, 3, 1, 1]" in metrics.missing["identity"]
+
+
+def test_a_model_that_takes_one_image_without_saying_so_is_found_at_opening(tmp_path: Path) -> None:
+    from tests.bench.test_metrics_identity import write_model
+
+    shape = helper.make_node("Constant", [], ["shape"], value_ints=[1, -1])
+    reshape = helper.make_node("Reshape", ["embedding", "shape"], ["flat"])
+    file = write_model(tmp_path / "face.onnx", extra=[shape, reshape], output="flat")
+    with open_metrics(MetricOptions(names=("mse", "identity"), identity_model=file), SHAPE) as metrics:
+        assert "its first output is [1, 6] for 2 images" in metrics.missing["identity"]
+        assert set(metrics.measure(random_images(3), random_images(3))) == {"mse"}
 
 
 def test_many_images_are_measured_as_each_one() -> None:

@@ -32,6 +32,7 @@ def write_model(
     dtype: int = TensorProto.FLOAT,
     extra: Sequence[Any] = (),
     output: str = "embedding",
+    output_dtype: int | None = None,
 ) -> Path:
     """Write a model whose embedding is the mean over `axes` of its input; `extra` nodes may follow."""
     mean = helper.make_node("ReduceMean", ["image", "axes"], ["embedding"], keepdims=keepdims)
@@ -39,7 +40,7 @@ def write_model(
         [mean, *extra],
         "embedder",
         [helper.make_tensor_value_info("image", dtype, shape)],
-        [helper.make_tensor_value_info(output, dtype, None)],
+        [helper.make_tensor_value_info(output, output_dtype or dtype, None)],
         [helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
@@ -202,6 +203,15 @@ def test_models_of_other_outputs_are_refused(tmp_path: Path) -> None:
     file = write_model(tmp_path / "face.onnx", keepdims=1)
     gauge = open_identity(MetricOptions(identity_model=file), SHAPE)
     with pytest.raises(MetricError, match=r"output is \[1, 3, 1, 1\] for 1 images; expected \[1, D\], D >= 2"):
+        gauge.measure(flat_images(RED), flat_images(RED))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.STRING])
+def test_models_whose_output_holds_no_floats_are_refused(tmp_path: Path, kind: int) -> None:
+    cast = helper.make_node("Cast", ["embedding"], ["classes"], to=kind)
+    file = write_model(tmp_path / "face.onnx", extra=[cast], output="classes", output_dtype=kind)
+    gauge = open_identity(MetricOptions(identity_model=file), SHAPE)
+    with pytest.raises(MetricError, match="expected .* of floats"):
         gauge.measure(flat_images(RED), flat_images(RED))
 
 

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from restyle_deploy.bench.metrics.base import Gauge, MetricOptions
-from restyle_deploy.bench.metrics.perceptual import LEAST_SIDE, open_lpips
+from restyle_deploy.bench.metrics.perceptual import LEAST_SIDE, cached_backbone, open_lpips
 from restyle_deploy.errors import MetricError
 
 Array = NDArray[np.float64]
@@ -127,6 +127,18 @@ def test_the_backbone_in_the_hub_cache_is_taken(
     images, targets = random_images(1, seed=1), random_images(1)
     assert cached.measure(images, targets) == gauge.measure(images, targets)
     assert "alexnet-owt-7be5be79.pth" in cached.metric.source
+
+
+@pytest.mark.parametrize("variable", ["TORCH_HOME", "XDG_CACHE_HOME", None])
+def test_hub_cache_is_where_torch_has_it(variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCH_HOME": None, "XDG_CACHE_HOME": None, "HOME": tmp_path, variable: tmp_path / "x"}.items():
+        if name is not None:
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True)
+    assert cached_backbone() is None
+    (folder / "alexnet-owt-7be5be79.pth").touch()
+    assert cached_backbone() == folder / "alexnet-owt-7be5be79.pth"
 
 
 def test_without_a_backbone_it_is_told_and_nothing_is_downloaded(

@@ -10,7 +10,7 @@ import pytest
 
 from restyle_deploy.bench.page import write_page
 from restyle_deploy.bench.page_images import difference_map
-from restyle_deploy.bench.report import Report, write_report
+from restyle_deploy.bench.report import ConfigurationResult, Report, write_report
 from restyle_deploy.bench.series import series_of
 from restyle_deploy.bench.strips import write_step_images
 from restyle_deploy.errors import ReportError
@@ -136,6 +136,29 @@ def test_images_are_reduced_and_limited(report: Report, tmp_path: Path) -> None:
     assert page.count("<figure>") == 8 * 2
     assert page.count('class="picture"') == 8 * 2
     assert len(page) < 3_000_000
+
+
+def test_pictures_of_a_former_run_are_not_shown_for_what_was_skipped(report: Report, tmp_path: Path) -> None:
+    first = report.configurations[0]
+    write_made_up_images(tmp_path, replace(report, configurations=(first,)), count=1)
+    skipped = ConfigurationResult(configuration=first.configuration, status="skipped", reason="no time")
+    assert 'id="images"' in page_of(report, tmp_path)
+    page = page_of(replace(report, configurations=(skipped, *report.configurations[1:]), decision=None), tmp_path)
+    assert 'id="images"' not in page
+
+
+def test_names_of_images_cannot_break_the_page(report: Report, tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    write_step_images(tmp_path, report.configurations[0].configuration.name, '"><b>&', pixels, {1: pixels})
+    page = page_of(report, tmp_path)
+    Elements(page)
+    assert "<b>" not in page
+    assert "&quot;&gt;&lt;b&gt;&amp;, 1 step" in page
+
+
+def test_load_tells_of_how_many_calls_its_percentiles_are(report: Report, tmp_path: Path) -> None:
+    result = next(result for result in report.configurations if result.load)
+    assert f'<td data-order="{len(result.load[0].samples_ms)}">' in page_of(report, tmp_path).split('id="load"')[1]
 
 
 def test_damaged_image_is_named(report: Report, tmp_path: Path) -> None:

@@ -32,6 +32,13 @@ def test_end_of_a_process_is_told(tmp_path: Path, status: int, log: str, cause: 
     assert cause_of_death(status, tmp_path / "log") == cause
 
 
+def test_end_of_a_process_is_told_without_the_signals_of_posix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGKILL")
+    (tmp_path / "log").write_text("KeyError: 'x'")
+    for status in (0, 1):
+        assert cause_of_death(status, tmp_path / "log") == f"the process died (exit status {status}): KeyError: 'x'"
+
+
 def test_failure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert describe_failure(MemoryError()) == "it needed more memory than there is"
     assert capsys.readouterr().err == ""

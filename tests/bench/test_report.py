@@ -52,6 +52,7 @@ def test_configurations_have_names_fit_for_files() -> None:
         backend="tensorrt", device="cuda:1", precision="fp16", plan="plain", preview_steps=True, batch=8, threads=2
     )
     assert full.name == "tensorrt-cuda1-fp16-plain-preview-b8-t2"
+    assert Configuration(backend="onnxruntime", device="../x").name == "onnxruntime-x-fp32-engine-b1"
 
 
 def test_published_schema_is_that_of_the_code(project_root: Path, tmp_path: Path) -> None:

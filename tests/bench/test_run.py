@@ -201,7 +201,7 @@ def test_no_configurations_are_refused(bundle: Bundle, tmp_path: Path) -> None:
         run_bench(bundle, named_images(1), tmp_path / "out", (), BenchOptions(steps=(1,)))
 
 
-@pytest.mark.parametrize("names", [("same", "same"), ("a/b", "c"), ("", "c")])
+@pytest.mark.parametrize("names", [("same", "same"), ("a/b", "c"), ("", "c"), ("..", "c")])
 def test_names_that_are_no_unique_files_are_refused(bench: Bench, names: tuple[str, ...]) -> None:
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="not unique file names"):

@@ -117,6 +117,23 @@ def test_part_of_another_benchmark_is_not_taken(
     assert len(processes.jobs) == 7
 
 
+def test_part_is_not_taken_when_a_metrics_file_has_changed(
+    measure: Measure, processes: FakeProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "face.onnx").write_bytes(b"model")
+    again: dict[str, Any] = {"resume": True, "metrics": MetricOptions(identity_model=tmp_path / "face.onnx")}
+    measure(ONE, **again)
+    (tmp_path / "face.json").write_text('{"channels": "bgr"}')
+    measure(ONE, **again)
+    assert len(processes.jobs) == 2
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").write_bytes(b"weights")
+    measure(ONE, **again)
+    measure(ONE, **again)
+    assert len(processes.jobs) == 3
+
+
 def test_pictures_of_a_former_run_are_removed(measure: Measure, tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     write_step_images(tmp_path / "out", ONE.name, "former", pixels, {9: pixels})

@@ -37,6 +37,29 @@ def test_compared_columns_are_filled_where_something_was_compared(report: Report
     assert texts[20][1:] == ["40.8", "1.0e-02", "-"]
 
 
+def test_batch_that_fills_the_device_is_noted(report: Report) -> None:
+    first = report.configurations[0]
+
+    def swept(speeds: tuple[float, ...]) -> list[str]:
+        results = tuple(
+            replace(
+                first,
+                configuration=replace(first.configuration, batch=2**index),
+                rows=(replace(first.rows[-1], throughput=speed),),
+                gains=(),
+                against=None,
+                settled_at_steps={},
+            )
+            for index, speed in enumerate(speeds)
+        )
+        return [note for note in notes_of(replace(report, configurations=results)) if "fills the device" in note]
+
+    assert swept((100.0, 180.0, 181.0, 182.0)) == [
+        "onnxruntime, batch 2: fills the device; larger batches bring less than 5% more images/s"
+    ]
+    assert swept((100.0, 180.0, 250.0, 300.0)) == []
+
+
 def test_columns_of_nothing_are_left_out(report: Report) -> None:
     alone = replace(report, configurations=report.configurations[1:2])
     assert len(table_of(alone).headers) == 8

@@ -98,6 +98,22 @@ def test_process_is_ended_when_its_time_is_over(job: Job, tmp_path: Path, execut
 
 
 @ON_POSIX
+def test_part_that_is_complete_counts_though_the_time_is_over(job: Job, tmp_path: Path, executable: Executable) -> None:
+    write_part(skipped_part(job, "key", "written in time"), tmp_path / "whole.json")
+    executable(f"cp {tmp_path}/whole.json {tmp_path}/cells/one.json; exec sleep 60")
+    assert run(job, tmp_path, seconds=0.5).result.reason == "written in time"
+
+
+@ON_POSIX
+def test_what_else_is_printed_is_no_progress(job: Job, tmp_path: Path, executable: Executable) -> None:
+    executable("echo 'a library: hello'; printf '\\377\\n'; echo 1 9; echo; exit 3")
+    seen: list[tuple[int, int]] = []
+    part = run(job, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 9)]
+    assert "exit status 3" in str(part.result.reason)
+
+
+@ON_POSIX
 def test_interruption_ends_the_process(job: Job, tmp_path: Path, executable: Executable) -> None:
     executable(f"echo $$ > {tmp_path}/pid; echo 1 9; exec sleep 60")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from restyle_deploy.bench.metrics import METRICS
 from restyle_deploy.bench.report import read_report
 from restyle_deploy.runtime.session import Session
 from tests.bench.made_up import FakeProcesses, failed_part
@@ -205,6 +206,11 @@ def test_missing_library_is_one_line(
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(rf"Error: .*{library}.*pip install 'restyle-deploy\[{extra}\]'\n", result.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_metric(run: Run) -> None:
+    text = " ".join(run("bench", "--help").stdout.split())
+    assert f"A list of {', '.join(metric.name for metric in METRICS)}; see" in text
 
 
 @pytest.mark.parametrize(

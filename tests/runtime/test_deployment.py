@@ -1,6 +1,7 @@
 """`deploy.toml`: written, read, opened; and what is refused."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_bundle_may_move_with_its_file(tmp_path: Path) -> None:
     write_deployment(tmp_path / "a" / "deploy.toml", Deployment(bundle=tmp_path / "a" / "bundle"))
     (tmp_path / "a").rename(tmp_path / "b")
     assert read_deployment(tmp_path / "b" / "deploy.toml").bundle == tmp_path / "b" / "bundle"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_bundle_is_found_through_links(tmp_path: Path) -> None:
+    for name in ("disk/out", "versions/2", "home"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "home" / "out").symlink_to(tmp_path / "disk" / "out")
+    (tmp_path / "home" / "bundle").symlink_to(tmp_path / "versions" / "2")
+    write_deployment(tmp_path / "home" / "out" / "deploy.toml", Deployment(bundle=tmp_path / "home" / "bundle"))
+    for folder in ("home", "disk"):
+        found = read_deployment(tmp_path / folder / "out" / "deploy.toml").bundle
+        assert found.name == "bundle"
+        assert found.samefile(tmp_path / "versions" / "2")
 
 
 @given(device=st.text())

@@ -115,15 +115,15 @@ def _run(session: Any, file: Path, images: NDArray[np.float32], batch: int) -> N
     missing = batch - len(images)
     filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
     try:
-        embeddings = session.run(None, {session.get_inputs()[0].name: filled})[0]
+        embeddings = np.asarray(session.run(None, {session.get_inputs()[0].name: filled})[0])
     except Exception as error:  # as above
         raise MetricError(
             f"{file}: ONNX Runtime cannot run it on images {list(filled.shape)}: {first_line(error)}"
         ) from error
-    if embeddings.ndim != 2 or len(embeddings) != batch or embeddings.shape[1] < 2:
+    if embeddings.ndim != 2 or len(embeddings) != batch or embeddings.shape[1] < 2 or embeddings.dtype.kind != "f":
         raise MetricError(
             f"{file}: not a face-embedding model: its first output is {list(embeddings.shape)} for {batch} images; "
-            f"expected [{batch}, D], D >= 2"
+            f"expected [{batch}, D], D >= 2, of floats (given is {embeddings.dtype})"
         )
     found: NDArray[np.float64] = embeddings[: len(images)].astype(np.float64)
     return found

@@ -49,7 +49,7 @@ def identity_input_from(file: Path, shape: Sequence[Any], options: MetricOptions
         MetricError: the input takes no images of three channels, the size is unknown or another than the input's, the
             sidecar cannot be read, or a value is out of range.
     """
-    sidecar = _read_sidecar(file.with_suffix(".json"))
+    sidecar = _read_sidecar(sidecar_of(file))
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
         raise MetricError(
             f"{file}: not a face-embedding model: its input is {list(shape)}; expected [N, 3, h, w] or [N, h, w, 3]"
@@ -73,6 +73,11 @@ def identity_input_from(file: Path, shape: Sequence[Any], options: MetricOptions
         is_channels_last=is_channels_last,
         batch=shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None,
     )
+
+
+def sidecar_of(file: Path) -> Path:
+    """Return the path of a model's sidecar, which need not exist."""
+    return file.with_suffix(".json")
 
 
 def _choose_size(file: Path, own: tuple[Any, ...], wanted: Sequence[float] | None) -> tuple[int, int]:

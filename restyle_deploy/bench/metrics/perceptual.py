@@ -1,6 +1,7 @@
 """LPIPS with AlexNet, version 0.1: the published linear weights over a backbone that the user has."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -82,7 +83,7 @@ def open_lpips(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
     import_library("torch", command="pip install 'restyle-deploy[metrics]'")
     # Only a file of it is read: importing it fails beside a torchvision of another PyTorch.
     require_installed("torchmetrics", command="pip install 'restyle-deploy[metrics]'")
-    backbone = options.lpips_backbone or _cached_backbone()
+    backbone = options.lpips_backbone or _require_cached_backbone()
     network = _read_network(backbone)
     return Gauge(
         metric=replace(LPIPS, source=f"{LPIPS.source}; {_describe_backbone(backbone)}"),
@@ -163,17 +164,27 @@ def _read_tensors(file: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _cached_backbone() -> Path:
-    """Return the AlexNet weights in torch's hub cache, torchvision's current file first."""
-    hub: Any = import_module("torch.hub")
-    folder = Path(hub.get_dir()) / "checkpoints"
-    files = sorted(folder.glob("alexnet-owt-*.pth"), key=lambda file: PUBLISHED_BACKBONE not in file.name)
-    if not files:
+def cached_backbone() -> Path | None:
+    """Return the AlexNet weights in torch's hub cache, torchvision's current file first; None where there are none."""
+    files = sorted(_hub_folder().glob("alexnet-owt-*.pth"), key=lambda file: PUBLISHED_BACKBONE not in file.name)
+    return files[0] if files else None
+
+
+def _require_cached_backbone() -> Path:
+    file = cached_backbone()
+    if file is None:
         raise MetricError(
-            f"no AlexNet weights in torch's hub cache ({_from_home(folder)}), and they are not downloaded; "
+            f"no AlexNet weights in torch's hub cache ({_from_home(_hub_folder())}), and they are not downloaded; "
             f"give torchvision's alexnet-owt-{PUBLISHED_BACKBONE}.pth: --lpips-backbone FILE"
         )
-    return files[0]
+    return file
+
+
+def _hub_folder() -> Path:
+    """Return where torch's hub keeps weights: as `torch.hub.get_dir`, without importing torch."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    return Path(os.path.expanduser(home)) / "hub" / "checkpoints"
 
 
 def _linear_weights() -> Path:

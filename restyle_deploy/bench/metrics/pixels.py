@@ -1,9 +1,12 @@
 """Errors of single pixel values: MSE, upstream's L2, PSNR."""
 
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.bench.metrics.base import DATA_RANGE, Gauge, Metric, MetricOptions, shown
+from restyle_deploy.bench.metrics.base import DATA_RANGE, Gauge, Metric, MetricOptions, import_library, shown
 from restyle_deploy.runtime.images import normalize_images, uint8_from_images
 
 MSE = Metric(
@@ -37,7 +40,7 @@ PSNR = Metric(
     lowest=0.0,
     highest=None,
     definition="Peak signal-to-noise ratio, peak to peak 2, of values clipped to [-1, 1]; infinite for equal images.",
-    source="10 log10(2^2 / mean squared error); NumPy",
+    source="10 log10(2^2 / mean squared error); scikit-image",
 )
 
 
@@ -52,7 +55,12 @@ def open_l2(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
 
 
 def open_psnr(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
-    """Open the peak signal-to-noise ratio; see `measure_psnr`."""
+    """Open the peak signal-to-noise ratio; see `measure_psnr`.
+
+    Raises:
+        MetricError: scikit-image is not installed.
+    """
+    import_library("skimage.metrics", command="pip install 'restyle-deploy[bench]'")
     return Gauge(metric=PSNR, measure=measure_psnr)
 
 
@@ -83,7 +91,11 @@ def measure_psnr(images: NDArray[np.float32], targets: NDArray[np.float32]) -> N
     """Return the peak signal-to-noise ratio in decibels, peak to peak 2, of values clipped to [-1, 1].
 
     Range: 0 (black and white exchanged) to infinity (equal images); higher is better.
-    Source: 10 log10(peak^2 / mean squared error), the field's usual definition.
+    Source: 10 log10(peak^2 / mean squared error), the field's usual definition; scikit-image's
+        `peak_signal_noise_ratio`.
     """
+    metrics: Any = import_module("skimage.metrics")  # its functions are not typed
+    pairs = zip(shown(images).astype(np.float64), shown(targets).astype(np.float64), strict=True)
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(DATA_RANGE**2 / measure_mse(shown(images), shown(targets)))
+        values = [metrics.peak_signal_noise_ratio(target, image, data_range=DATA_RANGE) for image, target in pairs]
+    return np.array(values, np.float64)

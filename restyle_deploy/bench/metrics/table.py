@@ -100,7 +100,8 @@ class MetricSet:
 def open_metrics(options: MetricOptions, shape: tuple[int, int]) -> MetricSet:
     """Open all metrics that can run here; the others are told in `MetricSet.missing`, with what is missing.
 
-    Each one measures a grey image first, so that a model that does not fit is found here and not after an hour.
+    Each one measures one grey image and then two, so that a model that does not fit, or takes one image at a time
+    without saying so, is found here and not after an hour.
 
     Args:
         options: which metrics, and their files.
@@ -118,8 +119,9 @@ def open_metrics(options: MetricOptions, shape: tuple[int, int]) -> MetricSet:
             continue
         try:
             gauge = opener(options, shape)
-            grey = np.zeros((1, 3, *shape), np.float32)
-            gauge.measure(grey, grey)
+            for count in (1, 2):
+                grey = np.zeros((count, 3, *shape), np.float32)
+                gauge.measure(grey, grey)
             gauges.append(gauge)
         except MetricError as error:
             missing[metric.name] = str(error)
