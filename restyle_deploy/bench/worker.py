@@ -47,39 +47,17 @@ def run_job(
         KeyboardInterrupt: Ctrl-C; the process is ended.
     """
     job_file = part.with_suffix(".job")
-    write_job(job, job_file)
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "restyle_deploy.bench.worker", str(job_file), str(part), key]
-    late = False
-
-    def end() -> None:
-        nonlocal late
-        late = True
-        process.kill()
-
-    timer = None if seconds is None else Timer(seconds, end)
-    with (
-        log.open("wb") as stderr,
-        # In a session of its own: a Ctrl-C reaches this process, which then ends that one.
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace", start_new_session=True
-        ) as process,
-    ):
-        try:  # at once: a Ctrl-C before would leave the process behind
-            if timer:
-                timer.start()
-            assert process.stdout is not None
-            _follow(process.stdout, progress)
-            status = process.wait()
-        finally:
-            if timer:
-                timer.cancel()
-            process.kill()
-            job_file.unlink(missing_ok=True)
+    try:
+        write_job(job, job_file)
+        status, is_late = _run(command, log, seconds, progress)
+    finally:
+        job_file.unlink(missing_ok=True)
     try:
         return read_part(part)  # complete, even if the time was over while the process ended
     except ReportError:
-        if late:
+        if is_late:
             return _failed(job, key, "the time budget ran out while it was measured", status="skipped")
         return _failed(job, key, cause_of_death(status, log))
 
@@ -107,6 +85,37 @@ def main(arguments: list[str]) -> None:
     except (MemoryError, RuntimeError) as error:  # the latter is how libraries tell most of their failures
         part = _failed(job, key, describe_failure(error))
     write_part(part, Path(part_file))
+
+
+def _run(
+    command: list[str], log: Path, seconds: float | None, progress: Callable[[int, int], None]
+) -> tuple[int, bool]:
+    """Run a process to its end, or for so many seconds; return its exit status, and whether it was too late."""
+    is_late = False
+
+    def end() -> None:
+        nonlocal is_late
+        is_late = True
+        process.kill()
+
+    timer = None if seconds is None else Timer(seconds, end)
+    with (
+        log.open("wb") as stderr,
+        # In a session of its own: a Ctrl-C reaches this process, which then ends that one.
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace", start_new_session=True
+        ) as process,
+    ):
+        try:  # at once: a Ctrl-C before would leave the process behind
+            if timer:
+                timer.start()
+            assert process.stdout is not None
+            _follow(process.stdout, progress)
+            return process.wait(), is_late
+        finally:
+            if timer:
+                timer.cancel()
+            process.kill()
 
 
 def _follow(lines: IO[str], progress: Callable[[int, int], None]) -> None:

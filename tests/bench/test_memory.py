@@ -1,8 +1,8 @@
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from restyle_deploy.bench.memory import MemoryWatch, read_peak_bytes, reset_peak
@@ -26,14 +26,19 @@ def test_reset_does_nothing_where_it_is_not_offered(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets the peak start anew")
 def test_peak_is_of_the_watched_time() -> None:
-    before = np.ones(64 * MEBIBYTE, np.uint8)
-    del before
-    with MemoryWatch() as watch:
-        small = watch.result().peak_host_bytes
-        held = np.ones(32 * MEBIBYTE, np.uint8)
-    grown = watch.result().peak_host_bytes - small
-    assert held[-1] == 1
-    assert 28 * MEBIBYTE < grown < 60 * MEBIBYTE
+    # In a process of its own: one that has run other tests has free memory that stays resident.
+    program = (
+        "import numpy as np\n"
+        "from restyle_deploy.bench.memory import MemoryWatch\n"
+        f"before = np.ones({64 * MEBIBYTE}, np.uint8)\n"
+        "del before\n"
+        "with MemoryWatch() as watch:\n"
+        "    small = watch.result().peak_host_bytes\n"
+        f"    held = np.ones({128 * MEBIBYTE}, np.uint8)\n"
+        "print(watch.result().peak_host_bytes - small)\n"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    assert 120 * MEBIBYTE < grown < 150 * MEBIBYTE
 
 
 def test_device_peak_is_seen_between_two_looks() -> None:

@@ -68,6 +68,7 @@ def test_ctrl_c_keeps_what_is_finished(toy_bundle: Path, photos: Path, tmp_path:
     second = tmp_path / "cells" / "onnxruntime-cpu-fp32-plain-b2-t1.job"
     while process.poll() is None and not second.exists():
         time.sleep(0.01)
+    time.sleep(0.5)  # it has begun to import its libraries
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
