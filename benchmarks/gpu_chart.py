@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu_table import MOST_OVER_FLOOR, GpuCell, GpuTable, format_ms, title_of
-from benchmarks.tables import APPROXIMATE_COLOUR, CHART_DPI, EXACT_COLOUR, TORCH_COLOUR
+from benchmarks.panels import draw_panels
+from benchmarks.tables import APPROXIMATE_COLOUR, EXACT_COLOUR, TORCH_COLOUR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,32 +21,18 @@ def draw_gpu_table(table: GpuTable, path: Path) -> None:
         table: with at least one cell.
         path: of the picture.
     """
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(cell.model for cell in table.cells))
-    batches = list(dict.fromkeys(cell.batch for cell in table.cells))
-    labels = list(dict.fromkeys((row.contender, row.label) for cell in table.cells for row in cell.rows))
-    figure = Figure(
-        figsize=(4.2 + 3.1 * len(models), 1.4 + len(batches) * (0.8 + 0.3 * len(labels))),
-        dpi=CHART_DPI,
-        layout="constrained",
+    draw_panels(
+        table.cells,
+        _draw_cell,
+        path,
+        title=f"Inversion in {table.settings['steps']} steps: milliseconds of a call",
+        caption=(
+            f"Dotted: the floor of float16, and {MOST_OVER_FLOOR:.0f} times that. Hatched: fp16, bf16 and TF32, with "
+            f"the PSNR of the last image.\n{table.device['GPU']}, {table.created[:10]}"
+        ),
+        inches=(4.2, 3.1, 1.4),
+        label_points=8,
     )
-    figure.suptitle(f"Inversion in {table.settings['steps']} steps: milliseconds of a call")
-    panels = figure.subplots(len(batches), len(models), squeeze=False, sharey=True)
-    for axes in panels.flat:
-        axes.set_visible(False)
-    for cell in table.cells:
-        axes = panels[batches.index(cell.batch), models.index(cell.model)]
-        axes.set_visible(True)
-        _draw_cell(axes, cell, [name for name, _ in labels])
-        axes.set_yticks(range(len(labels)), [label for _, label in labels], fontsize=8)
-    panels[0, 0].set_ylim(len(labels) - 0.5, -0.5)
-    figure.supxlabel(
-        f"Dotted: the floor of float16, and {MOST_OVER_FLOOR:.0f} times that. Hatched: fp16, bf16 and TF32, with the "
-        f"PSNR of the last image.\n{table.device['GPU']}, {table.created[:10]}",
-        fontsize=8,
-    )
-    figure.savefig(path)
 
 
 def _draw_cell(axes: Axes, cell: GpuCell, names: Sequence[str]) -> None:

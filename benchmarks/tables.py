@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.cells import CellSettings, Row
 from benchmarks.contenders import BASELINE, REFERENCE
+from benchmarks.panels import draw_panels
 from restyle_deploy.bench.comparison import Ratio
 from restyle_deploy.bench.environment import Environment
 from restyle_deploy.bench.parsing import parse
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT_VERSION = 1
-CHART_DPI = 150
 EXACT_COLOUR, APPROXIMATE_COLOUR, TORCH_COLOUR = "#0072B2", "#E69F00", "#999999"  # Okabe and Ito's, and a grey
 HEADER = (
     "",
@@ -179,32 +179,18 @@ def _format(value: float | None, decimals: int) -> str:
 
 def _draw(table: SpeedTable, path: Path) -> None:
     """Draw bars of the ratios: a column per model, a row per batch."""
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(cell.model for cell in table.cells))
-    batches = list(dict.fromkeys(cell.batch for cell in table.cells))
-    labels = list(dict.fromkeys((row.contender, row.label) for cell in table.cells for row in cell.rows))
-    figure = Figure(
-        figsize=(3.2 + 2.9 * len(models), 1.2 + len(batches) * (0.8 + 0.3 * len(labels))),
-        dpi=CHART_DPI,
-        layout="constrained",
+    draw_panels(
+        table.cells,
+        _draw_cell,
+        path,
+        title=f"Inversion in {table.settings.steps} steps: times as fast as upstream's arithmetic on torch",
+        caption=(
+            "Bar: median of the rounds' ratios; line: quartiles. Hatched: approximate, with the PSNR of the last image."
+            f"\n{table.environment.cpu}, {table.created[:10]}"
+        ),
+        inches=(3.2, 2.9, 1.2),
+        label_points=9,
     )
-    figure.suptitle(f"Inversion in {table.settings.steps} steps: times as fast as upstream's arithmetic on torch")
-    panels = figure.subplots(len(batches), len(models), squeeze=False, sharey=True)
-    for axes in panels.flat:
-        axes.set_visible(False)
-    for cell in table.cells:
-        axes = panels[batches.index(cell.batch), models.index(cell.model)]
-        axes.set_visible(True)
-        _draw_cell(axes, cell, [name for name, _ in labels])
-        axes.set_yticks(range(len(labels)), [label for _, label in labels], fontsize=9)
-    panels[0, 0].set_ylim(len(labels) - 0.5, -0.5)
-    figure.supxlabel(
-        "Bar: median of the rounds' ratios; line: quartiles. Hatched: approximate, with the PSNR of the last image.\n"
-        f"{table.environment.cpu}, {table.created[:10]}",
-        fontsize=8,
-    )
-    figure.savefig(path)
 
 
 def _draw_cell(axes: Axes, cell: Cell, names: Sequence[str]) -> None:
