@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from restyle_deploy.bench.figures import LoadPoint, Memory, MetricFacts, StepLat
 from restyle_deploy.bench.gpu_monitor import GpuMonitor, open_gpu_monitor
 from restyle_deploy.bench.inversions import Pictures, StepResults, count_steps, measure_inversions
 from restyle_deploy.bench.job import Job
-from restyle_deploy.bench.load import measure_load, rates_from_latency
+from restyle_deploy.bench.load import measure_load, rates_from_samples, sustained_rate
 from restyle_deploy.bench.machine import MachineWatch
 from restyle_deploy.bench.measure import WarmupRule, measure_latencies
 from restyle_deploy.bench.memory import MemoryWatch
@@ -58,11 +58,16 @@ def measure_configuration(
     opened afterwards. Then come parity, quality over all images, and latency: of the session, the exact session (for an
     approximate one) and the reference model, in turn. Stages are taken from calls of their own, and so is load.
 
+    Throughput is that of the measured calls one after the other: their images over the sum of their times, so that slow
+    calls count. Images over the median would be more than a device with a heavy tail keeps up.
+
+    A metric that fails on these images is dropped, with its reason; the others and the latency go on.
+
     Args:
         job: what to measure.
         progress: told the refinement steps done and their total.
     Returns:
-        The metrics, and the result, whose status is `ok`.
+        The metrics, and the result, whose status is `ok`; its reason names the metrics that failed, if any.
     Raises:
         VerificationError: the (exact) session does not compute what the reference model does; nothing is measured then.
         RestyleDeployError: the session cannot be opened, or what it is compared with.
@@ -77,7 +82,7 @@ def measure_configuration(
         parity = _check_parity(exact or session)
         contenders = stack.enter_context(_open_contenders(session, exact, job))
         tick = _counter(progress, _count_steps(job, targets, session, exact, len(contenders)))
-        facts, results = _measure_quality(job, session, exact, targets, tick)
+        facts, results, failures = _measure_quality(job, session, exact, targets, tick)
         watch = MachineWatch(gpu=gpu)
         latencies = _measure_latencies(job, contenders, batch, watch, tick)
         machine = watch.record().as_json()
@@ -87,6 +92,7 @@ def measure_configuration(
         result = ConfigurationResult(
             configuration=job.configuration,
             status="ok",
+            reason="; ".join(failures) or None,
             session=descriptions[MEASURED],
             parity=parity.as_json(),
             rows=tuple(_row(job, count, latencies[MEASURED, count], results.get(count)) for count in job.steps),
@@ -192,19 +198,35 @@ def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int]
 
 def _measure_quality(
     job: Job, session: Session, exact: Session | None, targets: NDArray[np.float32], tick: Callable[[int], None]
-) -> tuple[tuple[MetricFacts, ...], dict[int, StepResults]]:
+) -> tuple[tuple[MetricFacts, ...], dict[int, StepResults], list[str]]:
+    """Return the metrics, the results by step count, and which metrics failed on the images, with the reason.
+
+    Of a metric that failed there are values of some images only: it is left out.
+    """
     options = job.metric_options
     if options is None:
-        return (), {}
+        return (), {}, []
     opened: MetricSet = open_metrics(options, session.config.input_shape)
     with opened as metrics:
+        labels = {metric.name: metric.label for metric in metrics.available}
         pictures = Pictures(
             folder=Path(job.output), configuration=job.configuration.name, names=job.names, count=job.picture_count
         )
         results = measure_inversions(
             session, targets, steps=job.steps, exact=exact, metrics=metrics, pictures=pictures, tick=tick
         )
-        return metrics.facts, results
+        failures = [f"{label}: {metrics.missing[name]}" for name, label in labels.items() if name in metrics.missing]
+        kept = {metric.name for metric in metrics.available}
+        return metrics.facts, {count: _of_metrics(result, kept) for count, result in results.items()}, failures
+
+
+def _of_metrics(results: StepResults, names: Set[str]) -> StepResults:
+    """Return the results of these metrics alone."""
+    values, exact_values = (
+        {name: column for name, column in columns.items() if name in names}
+        for columns in (results.values, results.exact_values)
+    )
+    return replace(results, values=values, exact_values=exact_values)
 
 
 def _measure_latencies(
@@ -230,7 +252,7 @@ def _row(job: Job, steps: int, latency: StepLatency, results: StepResults | None
     return Row(
         steps=steps,
         latency=latency,
-        throughput=job.configuration.batch / latency.median_ms * 1e3,
+        throughput=job.configuration.batch * sustained_rate(latency.samples_ms),
         quality={name: aggregate(column) for name, column in values.items()},
         per_image={
             name: tuple(value if np.isfinite(value) else None for value in column) for name, column in values.items()
@@ -243,7 +265,7 @@ def _measure_loads(
 ) -> tuple[LoadPoint, ...]:
     """Measure calls of the largest step count that arrive at random."""
     steps = job.steps[-1]
-    rates = rates_from_latency(latencies[MEASURED, steps].median_ms, job.load_shares)
+    rates = (*rates_from_samples(latencies[MEASURED, steps].samples_ms, job.load_shares), *job.load_rates)
     call = partial(session.invert, batch, steps=steps)
     return tuple(measure_load(call, rate_per_s=rate, seconds=job.load_seconds) for rate in rates)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.bench.decision import judging_metric
 from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.libraries import require_bench_libraries
 from restyle_deploy.bench.report import Report, read_report
@@ -28,6 +29,7 @@ from restyle_deploy.bench.series import (
     style_of,
     unsaid_words,
 )
+from restyle_deploy.bench.tables import FRONT, FRONT_MEANING, front_of
 from restyle_deploy.files import replace_when_complete
 
 if TYPE_CHECKING:
@@ -85,12 +87,17 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 def _quality_figure(report: Report) -> Figure:
     metrics, lines = measured_metrics(report), series_of(report)
     absent = [metric.label for metric in absent_metrics(report)]
-    panels = [partial(draw_panel, metric=metric, lines=lines) for metric in metrics]
+    judged, front = front_metric(report), front_of(report)
+    panels = [
+        partial(draw_panel, metric=metric, lines=lines, front=front if metric == judged else frozenset())
+        for metric in metrics
+    ]
     title = f"{report.bundle.name}: quality against latency, by number of steps"
     notes = [
         f"Point: median of {report.settings.repeats} calls, mean of {report.settings.image_count} images; bars: "
         "interquartile range, 95% bootstrap interval. Numbers: steps"
-        + (", of the points that none beats in both." if len(lines) > 2 else "."),
+        + (", of the points that are better than all faster ones." if len(lines) > 2 else "."),
+        front_note(report) or None,
         f"Not measured (report.json says why): {', '.join(absent)}." if absent else None,
     ]
     return _compose(report, title, labels=[line.label for line in lines], panels=panels, notes=notes)
@@ -147,16 +154,42 @@ def _compose(
     return figure
 
 
-def draw_panel(axes: Axes, metric: MetricFacts, lines: Sequence[Series]) -> None:
-    """Draw one metric against latency; step counts at which it is infinite or missing have no point."""
+def front_metric(report: Report) -> MetricFacts | None:
+    """Return the metric that the decision's Pareto front was judged by: in its chart, the front is marked.
+
+    `None` where there is no front. Another metric's chart shows another trade-off.
+    """
+    if report.decision is None or not front_of(report):
+        return None
+    return judging_metric(report.metrics, report.decision.minimums)
+
+
+def front_note(report: Report) -> str:
+    """Return what the marks of the front mean; nothing where there is none."""
+    judged = front_metric(report)
+    return "" if judged is None else f"Ringed, for {judged.label}: the {FRONT}, {FRONT_MEANING}."
+
+
+def draw_panel(
+    axes: Axes, metric: MetricFacts, lines: Sequence[Series], *, front: Set[tuple[str, int]] = frozenset()
+) -> None:
+    """Draw one metric against latency; step counts at which it is infinite or missing have no point.
+
+    Args:
+        axes: of the panel.
+        metric: of its vertical axis.
+        lines: all of the report.
+        front: names of lines, and steps, of the points that have a ring.
+    """
     shown = {line.name: [point for point in line.points if _mean(point, metric) is not None] for line in lines}
     everything = [point for points in shown.values() for point in points]
     for index, line in enumerate(lines):
         _draw_line(axes, metric, line, shown[line.name], is_faint=index >= MAX_STYLED)
+        _draw_rings(axes, metric, [point for point in shown[line.name] if (line.name, point.steps) in front])
     axes.set_title(f"{axis_label(metric)}, {direction_of(metric)}", fontsize=11, color=TEXT_COLOUR)
     axes.set_xlabel("latency of a call, ms", color=TEXT_COLOUR)
     _scale(axes, everything, is_log_allowed=len(lines) > 1)
-    _number_points(axes, metric, everything if len(lines) <= 2 else _front(everything, metric))
+    _number_points(axes, metric, everything if len(lines) <= 2 else _improving(everything, metric))
 
 
 def _draw_line(axes: Axes, metric: MetricFacts, line: Series, points: Sequence[Point], *, is_faint: bool) -> None:
@@ -177,6 +210,21 @@ def _draw_line(axes: Axes, metric: MetricFacts, line: Series, points: Sequence[P
     )
 
 
+def _draw_rings(axes: Axes, metric: MetricFacts, points: Sequence[Point]) -> None:
+    axes.plot(
+        [point.latency.median_ms for point in points],
+        [_mean(point, metric) or 0.0 for point in points],
+        linestyle="none",
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        markeredgecolor=TEXT_COLOUR,
+        markeredgewidth=1.0,
+        zorder=4,
+        gid="front",
+    )
+
+
 def _strokes(style: Style, *, is_faint: bool = False) -> dict[str, Any]:
     """Return a style in Matplotlib's words."""
     return {
@@ -190,7 +238,7 @@ def _strokes(style: Style, *, is_faint: bool = False) -> dict[str, Any]:
 
 
 def _number_points(axes: Axes, metric: MetricFacts, points: Sequence[Point]) -> None:
-    """Write the step counts at the points, on the free side: a front has all others behind it.
+    """Write the step counts at the points, on the free side: where they improve, all others are behind.
 
     Of neighbours with the same number, only the first has it written.
     """
@@ -218,13 +266,13 @@ def _number_points(axes: Axes, metric: MetricFacts, points: Sequence[Point]) -> 
         )
 
 
-def _front(points: Sequence[Point], metric: MetricFacts) -> list[Point]:
+def _improving(points: Sequence[Point], metric: MetricFacts) -> list[Point]:
     """Return the points that are better than all that are faster, by the decimals worth showing."""
-    front: list[Point] = []
+    improving: list[Point] = []
     for point in sorted(points, key=lambda item: (item.latency.median_ms, -_merit(item, metric))):
-        if not front or _merit(point, metric) > _merit(front[-1], metric):
-            front.append(point)
-    return front
+        if not improving or _merit(point, metric) > _merit(improving[-1], metric):
+            improving.append(point)
+    return improving
 
 
 def _merit(point: Point, metric: MetricFacts) -> float:

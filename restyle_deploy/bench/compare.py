@@ -7,17 +7,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from restyle_deploy.bench.comparable import comparable_metrics, lost_metrics, shared_reference, unlike_environments
 from restyle_deploy.bench.figures import MetricFacts
+from restyle_deploy.bench.quality_change import QualityChange, lost_quality, quality_changes, worse_quality
 from restyle_deploy.bench.report import ConfigurationResult, Report, Row
 from restyle_deploy.bench.series import labels_of
-from restyle_deploy.bench.stability import LEAST_SAMPLES
+from restyle_deploy.bench.stability import LEAST_SAMPLES, MOST_SHIFT
 from restyle_deploy.errors import ReportError
 
 RESAMPLES = 2000
 INTERVAL_PERCENT = (2.5, 97.5)
-# What figures depend on besides the software, whose versions are what one compares.
-SAME_MACHINE = ("platform", "cpu", "logical_cores", "usable_cores", "governor", "gpus")
-SAME_BUNDLE = ("name", "domain", "output_size", "checkpoint_sha256")
+# Where none is given: two runs of the same may differ by as much (see `stability`).
+USUAL_TOLERANCE = MOST_SHIFT
 
 _Key = tuple[str, int]  # a configuration's name, and its step count
 _Place = tuple[ConfigurationResult, int]  # a configuration, and the index of its row
@@ -35,39 +36,21 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityChange:
-    """How a metric's mean over the same images has changed.
-
-    Attributes:
-        metric: its name.
-        first, second: means of the reports.
-        low, high: bootstrap interval of the difference second less first, 95 %; resampled by image.
-        is_worse: the whole interval is on the worse side.
-    """
-
-    metric: str
-    first: float
-    second: float
-    low: float
-    high: float
-    is_worse: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class ComparedCell:
     """One configuration and step count in both reports.
 
     Attributes:
         configuration, label, steps: which.
-        verdict: "slower" and "faster" where the whole interval is on that side of 1; else "same", or "unclear" where
-            the interval reaches past the tolerance, or there were fewer than `LEAST_SAMPLES` calls, whose interval
-            tells nothing; "missing" is in the first report alone, "new" in the second.
+        verdict: "slower" and "faster" where the whole interval is on that side of 1; "same" where all of it is within
+            the tolerance; else "unclear", as are rows with a `doubt`; "missing" is in the first report alone, "new" in
+            the second.
         latency: the ratio; above 1, the second is slower. `None` for missing and new rows.
         relative_to: the library of the reference model that both were measured beside in the same rounds, where they
             were: then `latency` is the ratio of the ratios to it, which a slower day of the machine leaves alone.
         first_ms, second_ms: medians.
         quality: what both counted over the same images.
         failures: why the row does not pass; empty where it does.
+        doubt: why the verdict is "unclear"; `None` where it is another.
     """
 
     configuration: str
@@ -80,6 +63,7 @@ class ComparedCell:
     second_ms: float | None
     quality: tuple[QualityChange, ...]
     failures: tuple[str, ...]
+    doubt: str | None = None
 
 
 def compare_reports(
@@ -91,7 +75,8 @@ def compare_reports(
         first: what was.
         second: what is now.
         fail_above: the share by which a row may be slower or worse, such as 0.05; a row fails when its figure is past
-            it and the interval does not hold "no change". `None`: no row fails.
+            it and the interval does not hold "no change", when it is missing, and when a metric is. `None`: no row
+            fails, and `USUAL_TOLERANCE` is that of the verdicts.
         different_allowed: compare reports of unlike machines or bundles.
         seed: of the resampling.
     Raises:
@@ -108,7 +93,8 @@ def compare_reports(
         raise ReportError("the reports have no configuration and step count in common; nothing can be compared")
     plan = _Plan(
         labels=labels_of([result.configuration for report in (first, second) for result in report.configurations]),
-        metrics=_comparable_metrics(first, second),
+        metrics=comparable_metrics(first, second),
+        lost=lost_metrics(first, second),
         fail_above=fail_above,
         generator=np.random.default_rng(seed),
     )
@@ -119,28 +105,20 @@ def compare_reports(
     return cells + [_one_sided(plan, key, row, "new") for key, row in after.items() if key not in before]
 
 
-def unlike_environments(first: Report, second: Report) -> list[str]:
-    """Return each fact of machine and bundle that differs, with both values."""
-    pairs: list[tuple[str, object, object, tuple[str, ...]]] = [
-        ("", first.environment, second.environment, SAME_MACHINE),
-        ("bundle ", first.bundle, second.bundle, SAME_BUNDLE),
-    ]
-    return [
-        f"{kind}{name} {getattr(one, name)!s} and {getattr(other, name)!s}"
-        for kind, one, other, names in pairs
-        for name in names
-        if getattr(one, name) != getattr(other, name)
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What the comparison of every cell needs."""
 
     labels: Mapping[str, str]
     metrics: Sequence[MetricFacts]
+    lost: Mapping[str, str]
     fail_above: float | None
     generator: np.random.Generator
+
+    @property
+    def tolerance(self) -> float:
+        """Up to which rows are called the same."""
+        return USUAL_TOLERANCE if self.fail_above is None else self.fail_above
 
 
 def _rows_by_cell(report: Report) -> dict[_Key, _Place]:
@@ -187,52 +165,65 @@ def _one_sided(plan: _Plan, key: _Key, place: _Place, verdict: Literal["missing"
 def _compare_cell(plan: _Plan, key: _Key, first: _Place, second: _Place) -> ComparedCell:
     rows = [result.rows[index] for result, index in (first, second)]
     references = [_reference_samples(*first), _reference_samples(*second)]
-    library = _shared_library(first[0], second[0]) if None not in references else None
+    library = shared_reference(first[0], second[0]) if None not in references else None
     if library is None:
         references = [None, None]
     change = _latency_change(rows, references, plan.generator)
-    changes = [_quality_change(rows[0], rows[1], metric, plan.generator) for metric in plan.metrics]
-    quality = tuple(item for item in changes if item is not None)
-    is_told = min(len(row.latency.samples_ms) for row in rows) >= LEAST_SAMPLES
+    quality = quality_changes(rows[0], rows[1], plan.metrics)
+    doubt = _doubt_of_samples(rows, is_relative=library is not None)
+    told = change if doubt is None else None
+    verdict = "unclear" if told is None else _verdict(told, plan.tolerance)
+    if told is not None and verdict == "unclear":
+        doubt = f"the interval of the ratio reaches past {plan.tolerance:.1%}; more --repeats narrow it"
     return ComparedCell(
         configuration=key[0],
         label=plan.labels[key[0]],
         steps=key[1],
-        verdict=_verdict(change, plan.fail_above) if is_told else "unclear",
+        verdict=verdict,
         latency=change,
         relative_to=library,
         first_ms=rows[0].latency.median_ms,
         second_ms=rows[1].latency.median_ms,
         quality=quality,
-        failures=_failures(change if is_told else None, quality, plan.fail_above),
+        failures=_failures(plan, rows, told, quality),
+        doubt=doubt,
     )
 
 
-def _verdict(change: Change, fail_above: float | None) -> Verdict:
+def _doubt_of_samples(rows: Sequence[Row], *, is_relative: bool) -> str | None:
+    """Return why the resampled interval of two rows tells nothing; None where it does.
+
+    Resampling takes the calls for independent draws of one distribution. Those of an unstable row are not: they drift,
+    or another run would have others. The ratios to a reference model of the same rounds leave that out.
+    """
+    if min(len(row.latency.samples_ms) for row in rows) < LEAST_SAMPLES:
+        return f"fewer than {LEAST_SAMPLES} calls"
+    unstable = [which for which, row in zip(("first", "second"), rows, strict=True) if row.latency.unstable]
+    if is_relative or not unstable:
+        return None
+    where = f"the {unstable[0]} report" if len(unstable) == 1 else "both reports"
+    return f"its times are unstable in {where}; measure again, or both with --against torch"
+
+
+def _verdict(change: Change, tolerance: float) -> Verdict:
     if change.low > 1:
         return "slower"
     if change.high < 1:
         return "faster"
-    tolerance = fail_above if fail_above is not None else np.inf
-    return "unclear" if change.high > 1 + tolerance else "same"
+    return "same" if change.high <= 1 + tolerance and change.low >= 1 / (1 + tolerance) else "unclear"
 
 
-def _failures(change: Change | None, quality: Sequence[QualityChange], fail_above: float | None) -> tuple[str, ...]:
-    if fail_above is None:
+def _failures(
+    plan: _Plan, rows: Sequence[Row], change: Change | None, quality: Sequence[QualityChange]
+) -> tuple[str, ...]:
+    """Return why a row does not pass; `change` is None where the times tell nothing."""
+    most = plan.fail_above
+    if most is None:
         return ()
-    failures = []
-    if change is not None and change.low > 1 and change.ratio > 1 + fail_above:
-        failures.append(f"{change.ratio - 1:.1%} slower, allowed are {fail_above:.1%}")
-    for item in quality:
-        if item.is_worse and abs(item.second - item.first) > fail_above * abs(item.first):
-            failures.append(f"{item.metric} has gone from {item.first:.4g} to {item.second:.4g}")
-    return tuple(failures)
-
-
-def _shared_library(first: ConfigurationResult, second: ConfigurationResult) -> str | None:
-    """Return the reference model's library where both were measured beside the same one."""
-    libraries = {None if item.against is None else str(item.against.reference["library"]) for item in (first, second)}
-    return libraries.pop() if len(libraries) == 1 else None
+    is_slower = change is not None and change.low > 1 and change.ratio > 1 + most
+    slower = [f"{change.ratio - 1:.1%} slower, allowed are {most:.1%}"] if change is not None and is_slower else []
+    lost = lost_quality(rows[0], rows[1], metrics=plan.metrics, lost=plan.lost)
+    return (*slower, *worse_quality(quality, most), *lost)
 
 
 def _reference_samples(result: ConfigurationResult, index: int) -> tuple[float, ...] | None:
@@ -261,36 +252,3 @@ def _resampled_medians(values: NDArray[np.float64], generator: np.random.Generat
     """Return the medians of resampled sets: [RESAMPLES]."""
     medians: NDArray[np.float64] = np.median(generator.choice(values, (RESAMPLES, len(values))), axis=1)
     return medians
-
-
-def _comparable_metrics(first: Report, second: Report) -> list[MetricFacts]:
-    """Return the metrics that both counted over the same images."""
-    if first.settings.image_names != second.settings.image_names:
-        return []
-    ran = {metric.name for metric in first.metrics if metric.missing is None}
-    return [metric for metric in second.metrics if metric.missing is None and metric.name in ran]
-
-
-def _quality_change(
-    first: Row, second: Row, metric: MetricFacts, generator: np.random.Generator
-) -> QualityChange | None:
-    """Compare a metric image by image; `None` unless both rows have a finite value for at least one image."""
-    pairs = [
-        (one, other)
-        for one, other in zip(first.per_image.get(metric.name, ()), second.per_image.get(metric.name, ()), strict=False)
-        if one is not None and other is not None
-    ]
-    if not pairs:
-        return None
-    values = np.array(pairs)  # [images, 2]
-    differences = values[:, 1] - values[:, 0]
-    means = generator.choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
-    low, high = (float(bound) for bound in np.percentile(means, INTERVAL_PERCENT))
-    return QualityChange(
-        metric=metric.name,
-        first=float(values[:, 0].mean()),
-        second=float(values[:, 1].mean()),
-        low=low,
-        high=high,
-        is_worse=high < 0 if metric.higher_is_better else low > 0,
-    )

@@ -1,16 +1,24 @@
 """A comparison of two reports as text, and what is to be known of it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+from restyle_deploy.bench.comparable import (
+    notes_of_environments,
+    notes_of_quality,
+    notes_of_references,
+    unlike_environments,
+)
 from restyle_deploy.bench.compare import ComparedCell
 from restyle_deploy.bench.figures import MetricFacts
+from restyle_deploy.bench.quality import LEAST_IMAGES
 from restyle_deploy.bench.report import Report
 from restyle_deploy.bench.stability import LEAST_SAMPLES
 from restyle_deploy.bench.tables import count_steps, format_figure, format_lines
 
 
 def format_comparison(cells: Sequence[ComparedCell], metrics: Sequence[MetricFacts]) -> str:
-    """Return a plain-text table: a line per cell, differences of quality, and the failures below."""
+    """Return a plain-text table: a line per cell, differences of quality, and below why rows are unclear, or fail."""
     compared = {change.metric for cell in cells for change in cell.quality}
     shown = [metric for metric in metrics if metric.name in compared]
     labels = [f"{metric.label} change" for metric in shown]
@@ -21,6 +29,8 @@ def format_comparison(cells: Sequence[ComparedCell], metrics: Sequence[MetricFac
         text.append(f"* of the ratios to {', '.join(sorted(libraries))}, measured in the same rounds of each report")
     if any(change.is_worse for cell in cells for change in cell.quality):
         text.append("! worse: the whole interval of the change is on that side")
+    doubts = Counter(cell.doubt for cell in cells if cell.doubt is not None)
+    text += [f"UNCLEAR {_count_rows(count)}, neither passed nor failed: {doubt}" for doubt, count in doubts.items()]
     text += [
         f"FAIL {cell.label}, {count_steps(cell.steps)}: {'; '.join(cell.failures)}" for cell in cells if cell.failures
     ]
@@ -28,24 +38,25 @@ def format_comparison(cells: Sequence[ComparedCell], metrics: Sequence[MetricFac
 
 
 def notes_of_pair(first: Report, second: Report) -> list[str]:
-    """Return what a reader of the comparison has to know: times not to be relied on, quality that is not compared."""
+    """Return what a reader of the comparison has to know: times not to be relied on, what is not compared."""
     rows = [[row for result in report.configurations for row in result.rows] for report in (first, second)]
     unstable = [sum(row.latency.unstable for row in of_report) for of_report in rows]
     few = any(len(row.latency.samples_ms) < LEAST_SAMPLES for of_report in rows for row in of_report)
-    notes = []
+    unlike = unlike_environments(first, second)
+    notes = [f"compared all the same, though not alike: {'; '.join(unlike)}"] if unlike else []
+    notes += notes_of_environments(first, second)
+    notes += notes_of_references(first, second)
     if any(unstable):
         notes.append(f"unstable times: {unstable[0]} rows of the first report, {unstable[1]} of the second")
     if few:
         notes.append(f"rows of fewer than {LEAST_SAMPLES} calls are unclear; bench --repeats 20 tells more")
-    if first.settings.image_names != second.settings.image_names:
-        return [*notes, "quality is not compared: the reports are of different images"]
-    others = {metric.name: metric for metric in second.metrics}
-    for metric in first.metrics:
-        other = others.get(metric.name)
-        if metric.missing is None and (other is None or other.missing is not None):
-            why = other.missing if other is not None else "not asked for"
-            notes.append(f"{metric.label} is not compared: the second report lacks it ({why})")
-    return notes
+    if min(report.settings.image_count for report in (first, second)) < LEAST_IMAGES:
+        notes.append(f"no quality is called worse: of fewer than {LEAST_IMAGES} images one cannot tell")
+    return notes + notes_of_quality(first, second)
+
+
+def _count_rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _line(cell: ComparedCell, metrics: Sequence[MetricFacts]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from restyle_deploy.bench.figures import Aggregate, MetricFacts
-from restyle_deploy.bench.quality import bootstrap_interval
+from restyle_deploy.bench.quality import LEAST_IMAGES, bootstrap_interval, least_difference
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Decision, Report, Row
 from restyle_deploy.bench.sweep import LEAST_GROWTH
 from restyle_deploy.bench.tables import count_steps
@@ -18,6 +19,13 @@ from restyle_deploy.runtime.deployment import Deployment
 
 # Quality is judged by the first of these that was measured, unless a minimum names another.
 JUDGED_BY = ("lpips", "ms_ssim", "ssim", "psnr_db", "mse")
+# Of a call's latency, what a budget limits; and how sure one is that it is not above the bound that is held against it.
+BUDGET_QUANTILE = 0.95
+CONFIDENCE = 0.95
+# Fewer calls than this have no upper bound of their 95th percentile: the slowest is below it at 0.95^58, above 5 %.
+LEAST_CALLS = math.ceil(math.log(1 - CONFIDENCE) / math.log(BUDGET_QUANTILE))
+# Fewer calls than this have none beyond their 95th percentile: it is drawn between the two slowest.
+LEAST_CALLS_OF_P95 = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +51,28 @@ class Candidate:
 
     @property
     def p95_ms(self) -> float:
-        """95th percentile of a call's latency: what a budget is held against."""
+        """95th percentile of the calls that were measured."""
         return self.row.latency.p95_ms
+
+    @property
+    def calls(self) -> int:
+        """Number of the calls that were measured."""
+        return len(self.row.latency.samples_ms)
+
+    @property
+    def bound_ms(self) -> float:
+        """What a budget is held against; see `upper_p95_ms`."""
+        return upper_p95_ms(self.row.latency.samples_ms)
 
 
 def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, float]) -> Decision:
     """Choose among all rows that were measured.
 
-    A budget limits the 95th percentile of a call. Where there is one, the best quality wins among what meets budget and
-    minimums; of rows whose difference the images do not tell, the highest throughput (or within `LEAST_GROWTH` of it),
-    and of those the least latency: a batch is as large as brings something. With minimums alone, the least latency
-    wins; without either, the best quality, and of rows that the images do not tell apart the least latency.
+    A budget limits the 95th percentile of a call, by its upper bound: see `upper_p95_ms`. Where there is one, the best
+    quality wins among what meets budget and minimums; of rows whose difference the images do not tell, the highest
+    throughput (or within `LEAST_GROWTH` of it), and of those the least latency: a batch is as large as brings
+    something. With minimums alone, the least latency wins; without either, the best quality, and of rows that the
+    images do not tell apart the least latency.
 
     Args:
         report: its own `decision` is not read.
@@ -65,7 +84,7 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
     metric = judging_metric(report.metrics, minimums)
     candidates = list(_candidates(report, metric))
     pareto = tuple(candidate.key for candidate in pareto_front(candidates, metric))
-    fitting = [each for each in candidates if budget_ms is None or each.p95_ms <= budget_ms]
+    fitting = [each for each in candidates if budget_ms is None or each.bound_ms <= budget_ms]
     good = [each for each in fitting if _meets(each.judged, minimums, report.metrics)]
     wanted = _describe_wish(budget_ms, minimums, report.metrics)
     if not good:
@@ -79,6 +98,7 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
         chosen = min(good, key=lambda each: (each.p95_ms, each.row.steps))
         left_out = sum(result.status != "ok" for result in report.configurations)
         reason = _describe_choice(chosen, metric, wanted, len(candidates), left_out)
+        reason += "".join(f"; {doubt}" for doubt in _doubts(chosen, budget_ms, report.settings.image_count))
     return Decision(
         configuration=chosen.key[0] if chosen else None,
         steps=chosen.key[1] if chosen else None,
@@ -87,6 +107,29 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
         reason=reason,
         pareto=pareto,
     )
+
+
+def upper_p95_ms(samples_ms: Sequence[float]) -> float:
+    """Return what the 95th percentile of all calls is not above, with 95 % confidence, or the slowest of few calls.
+
+    The percentile of few samples lies as often above as below that of all calls: it is no limit that holds. The bound
+    is the lowest of the sorted samples that at least 95 % of all samples of this size have above the true percentile,
+    whatever their distribution: an order statistic, by the binomial law (Hahn and Meeker 1991, Statistical Intervals,
+    section 5.2). Of less than `LEAST_CALLS` calls not even the slowest is one; it is taken nevertheless, since no
+    sample says more, and of 20 calls it is one 64 times of 100.
+    """
+    ordered, held = sorted(samples_ms), 0.0
+    for below, sample in enumerate(ordered):
+        held += _share_with(below, len(ordered))
+        if held >= CONFIDENCE:
+            return sample
+    return ordered[-1]
+
+
+def _share_with(below: int, count: int) -> float:
+    """Return the share of sets of `count` samples with so many below the true percentile; by logarithms, for large."""
+    ways = math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1)
+    return math.exp(ways + below * math.log(BUDGET_QUANTILE) + (count - below) * math.log(1 - BUDGET_QUANTILE))
 
 
 def deployment_of(report: Report, bundle: Bundle) -> Deployment:
@@ -185,13 +228,13 @@ def _best_by_throughput(good: Sequence[Candidate]) -> list[Candidate]:
 def _is_worse(each: Candidate, best: Candidate, metric: MetricFacts) -> bool:
     """Whether the images tell that a row is worse than another: the interval (95 %) of the paired difference says so.
 
-    Of a single image there is no interval. A mean difference below the decimals worth showing never counts: two
-    backends' last bits may differ the same way in every image.
+    Of fewer than `LEAST_IMAGES` images there is no interval: their means decide. A mean difference below the decimals
+    worth showing never counts: two backends' last bits may differ the same way in every image.
     """
     pairs = zip(each.judged.per_image[metric.name], best.judged.per_image[metric.name], strict=True)
     sign = 1 if metric.higher_is_better else -1
     losses = np.array([sign * (better - own) for own, better in pairs if own is not None and better is not None])
-    if not losses.size or losses.mean() < 0.5 * 10**-metric.decimals:
+    if not losses.size or losses.mean() < least_difference(metric.decimals):
         return False
     low, _ = bootstrap_interval(losses)
     return low is None or low > 0
@@ -209,20 +252,39 @@ def _describe_wish(budget_ms: float | None, minimums: Mapping[str, float], metri
 def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count: int, left_out: int) -> str:
     name, steps = chosen.key
     quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
-    doubt = "; its latency is unstable: measure again" if chosen.row.latency.unstable else ""
     figures = f"p95 {chosen.p95_ms:.3g} ms, {chosen.row.throughput:.3g} images/s, {quality}"
     rows = f"{count} row{'s' * (count != 1)}"
     without = f" ({left_out} configuration{'s' * (left_out != 1)} failed or skipped)" if left_out else ""
-    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows}{without} for {wanted}{doubt}"
+    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows}{without} for {wanted}"
+
+
+def _doubts(chosen: Candidate, budget_ms: float | None, image_count: int) -> Iterator[str]:
+    """Yield what the choice rests on, and what is to be doubted of it."""
+    if budget_ms is not None:
+        yield f"the budget is met by {_describe_bound(chosen)}"
+    elif chosen.calls < LEAST_CALLS_OF_P95:
+        yield f"{chosen.calls} call{'s' * (chosen.calls != 1)} tell no 95th percentile ({LEAST_CALLS_OF_P95} at least)"
+    if image_count < LEAST_IMAGES:
+        yield f"means decide: fewer than {LEAST_IMAGES} images do not tell rows apart"
+    if chosen.row.latency.unstable:
+        yield "its latency is unstable: measure again"
+
+
+def _describe_bound(candidate: Candidate) -> str:
+    calls, bound = candidate.calls, f"{candidate.bound_ms:.3g} ms"
+    if calls >= LEAST_CALLS:
+        return f"{bound}, the upper bound of the p95 by {calls} calls ({CONFIDENCE:.0%} confidence)"
+    few = f"the slowest of {calls} calls" if calls > 1 else "the only call"
+    return f"{bound}, {few} (a bound of the p95 takes {LEAST_CALLS})"
 
 
 def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budget_ms: float | None) -> str:
     if not candidates:
         return "no row was measured"
     if not fitting:
-        fastest = min(candidates, key=lambda each: each.p95_ms)
+        fastest = min(candidates, key=lambda each: each.bound_ms)
         name, steps = fastest.key
-        return f"the fastest row is {name} with {count_steps(steps)}, p95 {fastest.p95_ms:.3g} ms"
+        return f"the fastest row is {name} with {count_steps(steps)}: {_describe_bound(fastest)}"
     where = "within the budget" if budget_ms is not None else "measured"
     return f"none of the rows {where} has the quality ({len(fitting)})"
 

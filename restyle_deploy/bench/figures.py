@@ -1,6 +1,6 @@
 """What a report's figures are made of: plain values without behaviour, so that each measurement may import them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,8 @@ class MetricFacts:
         lowest, highest: the range; `None` where it is unbounded.
         definition, source: what is computed, and who defined it.
         missing: why it could not run; `None` where it did.
+        depends_on: what the figures depend on besides: hashes of models, and what these are given. Figures of unlike
+            ones cannot be compared.
     """
 
     name: str
@@ -89,6 +91,7 @@ class MetricFacts:
     definition: str
     source: str
     missing: str | None = None
+    depends_on: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class Aggregate:
 
     Attributes:
         mean, median, p5, p95: of the images (5th and 95th percentile).
-        low, high: bootstrap interval of the mean, 95 %.
+        low, high: bootstrap interval of the mean, 95 %; `None` for few images, of which one cannot tell.
         count: images with a finite value.
     """
 
@@ -118,7 +121,7 @@ class Gain:
         metric: its name.
         from_steps, to_steps: neighbouring step counts.
         gain: mean improvement; `None` where it is infinite or missing.
-        low, high: its bootstrap interval, 95 %.
+        low, high: its bootstrap interval, 95 %; `None` for few images.
     """
 
     metric: str

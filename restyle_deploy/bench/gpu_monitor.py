@@ -148,17 +148,37 @@ def open_gpu_monitor(device: str) -> GpuMonitor:
 
 
 def list_gpus() -> tuple[GpuFacts, ...]:
-    """Return the facts of all GPUs, in NVML's order; none where NVML is missing."""
+    """Return the facts of all GPUs, in NVML's order; none where NVML is missing.
+
+    One that the driver has lost, or does not describe, is left out: the log says so.
+    """
     try:
         nvml = _initialised_nvml()
     except BackendUnavailableError as error:
         _logger.debug("GPUs are not described: %s", error)
         return ()
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return tuple(GpuMonitor(nvml, handle).facts() for handle in handles)
+        described = [_describe_gpu(nvml, index) for index in range(_count_gpus(nvml))]
+        return tuple(facts for facts in described if facts is not None)
     finally:
         nvml.nvmlShutdown()
+
+
+def _count_gpus(nvml: ModuleType) -> int:
+    try:
+        return int(nvml.nvmlDeviceGetCount())
+    except nvml.NVMLError as error:
+        _logger.warning("GPUs are not described: NVML does not count them: %s", error)
+        return 0
+
+
+def _describe_gpu(nvml: ModuleType, index: int) -> GpuFacts | None:
+    """Return a GPU's facts; None where the driver fails, as for one that has fallen off the bus."""
+    try:
+        return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(index)).facts()
+    except nvml.NVMLError as error:
+        _logger.warning("GPU %d of NVML is not described: %s", index, error)
+        return None
 
 
 def _initialised_nvml() -> ModuleType:

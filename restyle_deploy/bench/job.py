@@ -14,7 +14,7 @@ from restyle_deploy.bench.report import Configuration
 from restyle_deploy.errors import ReportError
 from restyle_deploy.files import replace_when_complete
 
-JOB_VERSION = 1
+JOB_VERSION = 2  # of what a job's results mean: 2 has throughput by the sum of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Job:
         picture_count: so many images' steps are written there.
         metrics: see `bench.metrics`; None counts no quality: for configurations that another's quality holds for.
         against: one of `libraries.REFERENCES`, measured in the same rounds.
-        load_shares: of the calls that fit into a second: rates at which calls arrive at random.
+        load_shares: of the calls that are done in a second one after the other: rates at which calls arrive at random.
+        load_rates: further ones, in calls per second; each call has the configuration's batch.
         load_seconds: for each rate.
     """
 
@@ -51,6 +52,7 @@ class Job:
     metrics: dict[str, object] | None = field(default_factory=dict)
     against: str | None = None
     load_shares: tuple[float, ...] = ()
+    load_rates: tuple[float, ...] = ()
     load_seconds: float = 20.0
 
     @property

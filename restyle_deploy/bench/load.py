@@ -18,9 +18,18 @@ USUAL_SHARES = (0.5, 0.7, 0.9)
 SPIN_S = 0.002
 
 
-def rates_from_latency(median_ms: float, shares: Sequence[float] = USUAL_SHARES) -> tuple[float, ...]:
-    """Return rates per second: shares of the calls that fit into a second one after the other."""
-    return tuple(share * 1e3 / median_ms for share in shares)
+def sustained_rate(samples_ms: Sequence[float]) -> float:
+    """Return how many calls per second are done one after the other: calls over the sum of their times.
+
+    Not the median's inverse: a rare call that takes ten times as long holds up those behind it, and a rate that leaves
+    it out cannot be kept up.
+    """
+    return 1e3 * len(samples_ms) / sum(samples_ms)
+
+
+def rates_from_samples(samples_ms: Sequence[float], shares: Sequence[float] = USUAL_SHARES) -> tuple[float, ...]:
+    """Return calls per second: shares of the sustained rate."""
+    return tuple(share * sustained_rate(samples_ms) for share in shares)
 
 
 def draw_arrivals(rate_per_s: float, seconds: float, *, seed: int = 0) -> tuple[float, ...]:

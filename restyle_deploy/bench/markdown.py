@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from restyle_deploy.bench.report import Report
 from restyle_deploy.bench.series import labels_of, unsaid_words
-from restyle_deploy.bench.tables import NOTHING, Cell, count_steps, notes_of, table_of
+from restyle_deploy.bench.tables import FRONT, FRONT_MEANING, NOTHING, Cell, count_steps, front_of, notes_of, table_of
 
 MAX_OPEN_ROWS = 12  # longer tables are folded
 
@@ -12,21 +12,21 @@ MAX_OPEN_ROWS = 12  # longer tables are folded
 def markdown_from_report(report: Report) -> str:
     """Return Markdown as GitHub and GitLab show it: a heading, the decision, the table, notes and the environment.
 
-    The points of the Pareto front come first where a decision has one; a table of more than 12 rows is folded.
+    Where a decision has a Pareto front, a column marks its rows; they come first where the table has more than 12 rows,
+    which is folded then.
     """
     table = table_of(report)
     lines = [f"### {_escape(report.bundle.name)}: quality against latency", ""]
     lines += [*_decision_lines(report), _subtitle(report), ""]
-    front = set(report.decision.pareto) if report.decision is not None else set()
+    front = front_of(report)
     best = [row for row, key in zip(table.rows, table.keys, strict=True) if key in front]
     if best and len(table.rows) > MAX_OPEN_ROWS:
-        head = "Points that none beats in latency, images per second and quality together:"
-        lines += [head, "", *_table(table.headers, best), ""]
+        lines += [f"The {FRONT}, {FRONT_MEANING}:", "", *_table(table.headers[:-1], best), ""]
     everything = _table(table.headers, table.rows)
     if len(table.rows) > MAX_OPEN_ROWS:
         lines += _fold(f"All {len(table.rows)} rows", everything)
     else:
-        lines += [*everything, ""]
+        lines += [*everything, "", *([f"{FRONT}: {FRONT_MEANING}.", ""] if front else [])]
     notes = [f"- {_escape(note)}" for note in notes_of(report)]
     lines += [*notes, ""] if notes else []
     return "\n".join([*lines, *_fold("Environment", _environment(report))]).rstrip() + "\n"

@@ -9,14 +9,19 @@ from string import Template
 
 import numpy as np
 
+from restyle_deploy.bench.charts import front_metric, front_note
+from restyle_deploy.bench.decision import upper_p95_ms
+from restyle_deploy.bench.load import sustained_rate
 from restyle_deploy.bench.page_images import images_section
 from restyle_deploy.bench.page_tables import (
     configurations_section,
     environment_section,
     gains_section,
+    latency_section,
     load_section,
     metrics_section,
     notes_section,
+    quality_section,
     results_section,
     stages_section,
 )
@@ -31,7 +36,7 @@ from restyle_deploy.bench.series import (
     series_of,
     unsaid_words,
 )
-from restyle_deploy.bench.tables import count_steps
+from restyle_deploy.bench.tables import count_steps, front_of
 from restyle_deploy.files import replace_when_complete
 
 PAGE_NAME = "report.html"
@@ -65,6 +70,8 @@ def page_from_report(report: Report, images: Path) -> str:
         notes_section(report),
         results_section(report),
         images_section(report, images),
+        latency_section(report),
+        quality_section(report),
         stages_section(report),
         load_section(report),
         gains_section(report),
@@ -83,8 +90,10 @@ def page_from_report(report: Report, images: Path) -> str:
         data=_json(_chart_data(report)),
         decision=_decision(report),
         caption=escape(
-            f"Point: median of {report.settings.repeats} calls, mean over the images; bars: interquartile range and "
-            "95% bootstrap interval. Numbers: steps. Point at a mark, or use the arrow keys, for its figures."
+            f"Point: median of {report.settings.repeats} calls, mean over the images; bars: interquartile range (of "
+            "the p95: to its upper bound, which a budget is held against) and "
+            f"95% bootstrap interval. Numbers: steps. {front_note(report)} Point at a mark, or use the arrow keys, for "
+            "its figures."
         ),
         sections="\n".join(section for section in sections if section),
     )
@@ -103,7 +112,7 @@ def _chart_data(report: Report) -> dict[str, object]:
     """Return what the chart is drawn from."""
     lines = series_of(report)
     medians = [point.latency.median_ms for line in lines for point in line.points]
-    decision = report.decision
+    decision, judged = report.decision, front_metric(report)
     return {
         "metrics": [
             {
@@ -117,6 +126,7 @@ def _chart_data(report: Report) -> dict[str, object]:
         "series": [_line_data(line) for line in lines],
         "decision": decision
         and {"name": decision.configuration, "steps": decision.steps, "budget": decision.budget_ms},
+        "front": judged and {"metric": judged.name, "points": sorted(front_of(report))},
         "logarithmic": bool(medians) and max(medians) > LINEAR_UP_TO * min(medians),
     }
 
@@ -138,12 +148,16 @@ def _point_data(point: Point, batch: int) -> dict[str, object]:
     return {
         "steps": point.steps,
         "median": latency.median_ms,
+        "p90": latency.p90_ms,
         "p95": latency.p95_ms,
+        "p99": latency.p99_ms,
+        "bound": upper_p95_ms(latency.samples_ms),
+        "iqr": latency.iqr_ms,
         "quartiles": np.percentile(latency.samples_ms, (25, 75)).tolist(),
-        "throughput": 1e3 * batch / latency.median_ms,
+        "throughput": batch * sustained_rate(latency.samples_ms),
         "unstable": (latency.reason or "no reason given") if latency.unstable else None,
         "quality": {
-            name: (aggregate.mean, aggregate.low, aggregate.high)
+            name: {key: getattr(aggregate, key) for key in ("mean", "low", "high", "median", "p5", "p95")}
             for name, aggregate in point.quality.items()
             if aggregate.mean is not None
         },

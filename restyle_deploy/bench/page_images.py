@@ -2,20 +2,24 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from restyle_deploy.bench.report import Report
+from restyle_deploy.backends.base import EXACT_PRECISION
+from restyle_deploy.bench.report import Configuration, Report
 from restyle_deploy.bench.series import labels_of
-from restyle_deploy.bench.strips import StepImages, read_step_images, resample
+from restyle_deploy.bench.strips import StepImages, has_step_images, read_step_images, resample
 from restyle_deploy.bench.tables import count_steps
 
 MAX_IMAGES = 8  # of one configuration
+MAX_BYTES = 8 * 2**20  # of all strips
 MAX_PIXELS = 256  # larger images are reduced
 SMALL_PIXELS = 96  # up to here, pixels are shown as they are, and stored without loss
 JPEG_QUALITY = 90
@@ -26,31 +30,84 @@ _ANCHORS = ("#000004", "#320a5e", "#781c6d", "#bc3754", "#ed6925", "#fbb61a", "#
 
 
 def images_section(report: Report, folder: Path) -> str:
-    """Return the strips of the configurations that went well and have images in `folder`, or nothing.
+    """Return the strips of some configurations that have images in `folder`, or nothing.
 
-    Of the others, a former run's pictures may lie there.
+    Shown are one exact configuration for all of them (which `shown_configurations` tells) and each approximate one, of
+    at most `MAX_IMAGES` images each: the first image of all, then the second and so on, until the next strip would make
+    the section larger than `MAX_BYTES`; at least one strip is shown.
     """
-    labels = labels_of([result.configuration for result in report.configurations])
-    groups = []
-    for result in (result for result in report.configurations if result.status == "ok"):
-        name = result.configuration.name
-        images = [_reduce(item) for item in list(read_step_images(folder, name))[:MAX_IMAGES]]
-        if images:
-            groups.append((labels[name], images))
+    shown = shown_configurations(report, folder)
+    groups = {name: [_reduce(item) for item in islice(read_step_images(folder, name), MAX_IMAGES)] for name in shown}
     if not groups:
         return ""
-    scale = _scale([image for _, images in groups for image in images])
-    strips = "".join(
-        f"<details{' open' * (index == 0)}><summary>{escape(label)}</summary>"
-        f"{''.join(_strip(image, scale) for image in images)}</details>"
-        for index, (label, images) in enumerate(groups)
+    scale = _scale([image for images in groups.values() for image in images])
+    strips, left_out = _strips_within(groups, scale, MAX_BYTES)
+    labels = labels_of([result.configuration for result in report.configurations])
+    folded = "".join(
+        f"<details{' open' * (index == 0)}><summary>{escape(labels[name])}</summary>{''.join(group)}</details>"
+        for index, (name, group) in enumerate(strips.items())
     )
     return (
         '<section id="images"><h2>Images, step by step</h2>'
+        f'<p class="faint">{escape(_what_is_shown(report, shown, labels, left_out))}</p>'
         '<input type="checkbox" id="show-maps" checked> <label for="show-maps">show where they differ</label>'
         f'<p class="faint map-scale">Mean absolute difference of the channels: 0 <img class="scale" alt="colour scale" '
-        f'src="{_uri(_scale_bar())}"> {100 * scale / 255:.0f}% of the range or more.</p>{strips}</section>'
+        f'src="{_uri(_scale_bar())}"> {100 * scale / 255:.0f}% of the range or more.</p>{folded}</section>'
     )
+
+
+def shown_configurations(report: Report, folder: Path) -> list[str]:
+    """Return the names of the configurations whose images are shown, of those that went well and have images.
+
+    Exact ones compute the same images, up to rounding: one is shown, the decision's if it is exact, else the first. Of
+    approximate ones that differ in the batch or the threads alone, the first is. Of configurations that did not go
+    well, a former run's pictures may lie in the folder.
+    """
+    ready = [
+        result.configuration
+        for result in report.configurations
+        if result.status == "ok" and has_step_images(folder, result.configuration.name)
+    ]
+    exact = [item.name for item in ready if _is_exact(item)]
+    chosen = report.decision.configuration if report.decision is not None else None
+    shown = [chosen if chosen in exact else exact[0]] if exact else []
+    approximate = {replace(item, batch=1, threads=None): item.name for item in reversed(ready) if not _is_exact(item)}
+    return [item.name for item in ready if item.name in (*shown, *approximate.values())]
+
+
+def _is_exact(item: Configuration) -> bool:
+    return item.precision == EXACT_PRECISION and not item.preview_steps
+
+
+def _strips_within(
+    groups: Mapping[str, Sequence[StepImages]], scale: float, most_bytes: int
+) -> tuple[dict[str, list[str]], int]:
+    """Return strips by group until they take so many bytes, at least one, and how many are left out."""
+    strips: dict[str, list[str]] = {name: [] for name in groups}
+    columns = zip_longest(*([(name, image) for image in images] for name, images in groups.items()))
+    queue = [place for column in columns for place in column if place is not None]
+    size = 0
+    for done, (name, image) in enumerate(queue):
+        strip = _strip(image, scale)
+        size += len(strip)
+        if done and size > most_bytes:
+            return {name: group for name, group in strips.items() if group}, len(queue) - done
+        strips[name].append(strip)
+    return strips, 0
+
+
+def _what_is_shown(report: Report, shown: Sequence[str], labels: Mapping[str, str], left_out: int) -> str:
+    """Return which configurations the images are of, in words."""
+    done = [result.configuration for result in report.configurations if result.status == "ok"]
+    exact = [labels[item.name] for item in done if _is_exact(item) and item.name in shown]
+    approximate = [labels[item.name] for item in done if not _is_exact(item) and item.name in shown]
+    words = []
+    if exact and sum(map(_is_exact, done)) > 1:
+        words.append(f"{exact[0]} stands for all exact configurations: they differ by rounding.")
+    words += [f"Approximate: {'; '.join(approximate)}."] if approximate else []
+    strips = f"{left_out} more strip{'s' * (left_out != 1)}"
+    words += [f"{strips} would make the page too large; their pictures are in images/."] if left_out else []
+    return " ".join(words)
 
 
 def difference_map(image: NDArray[np.uint8], target: NDArray[np.uint8], scale: float) -> Image.Image:

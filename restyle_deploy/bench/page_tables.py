@@ -1,13 +1,27 @@
 """The page's tables and lists, as HTML."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 
-from restyle_deploy.bench.figures import MetricFacts
-from restyle_deploy.bench.report import ConfigurationResult, Report
-from restyle_deploy.bench.series import axis_label, direction_of, labels_of
-from restyle_deploy.bench.tables import NOTHING, Cell, Table, figure_cell, format_value, notes_of, table_of, word_cell
+from restyle_deploy.bench.decision import CONFIDENCE, LEAST_CALLS, upper_p95_ms
+from restyle_deploy.bench.figures import Gain, MetricFacts
+from restyle_deploy.bench.quality import gain_per_step, worsening_steps
+from restyle_deploy.bench.report import Report
+from restyle_deploy.bench.series import axis_label, direction_of, labels_of, measured_metrics, series_of
+from restyle_deploy.bench.tables import (
+    FRONT,
+    FRONT_MEANING,
+    NOTHING,
+    Cell,
+    Table,
+    figure_cell,
+    format_value,
+    front_of,
+    notes_of,
+    table_of,
+    word_cell,
+)
 
 _MEBIBYTE = 2**20
 
@@ -19,11 +33,62 @@ def notes_section(report: Report) -> str:
 
 
 def results_section(report: Report) -> str:
-    """Return the table of all figures; the row that was decided for stands out."""
-    table = table_of(report)
-    decision = report.decision
+    """Return the table of all figures; the row that was decided for stands out, and those of the Pareto front do."""
+    decision, front = report.decision, front_of(report)
     chosen = (decision.configuration, decision.steps) if decision is not None else None
-    return _section("results", "Results", _html_table(table, chosen=chosen))
+    classes: dict[tuple[str | None, int | None], str] = dict.fromkeys(front, "front")
+    if chosen is not None:
+        classes[chosen] = "front chosen" if chosen in front else "chosen"
+    note = f'<p class="faint">{FRONT}: {FRONT_MEANING}.</p>' if front else ""
+    return _section("results", "Results", note + _html_table(table_of(report), classes=classes))
+
+
+def latency_section(report: Report) -> str:
+    """Return all figures of the latencies, those of exact sessions and reference models included."""
+    headers = ["configuration", "steps", "p50 ms", "p90 ms", "p95 ms", "p95 bound ms", "p99 ms", "IQR ms"]
+    headers += ["first call ms", "calls"]
+    rows = [
+        (
+            word_cell(line.label),
+            _count(point.steps),
+            *map(figure_cell, (latency.median_ms, latency.p90_ms, latency.p95_ms, upper_p95_ms(latency.samples_ms))),
+            *map(figure_cell, (latency.p99_ms, latency.iqr_ms)),
+            _figure_or_nothing(latency.first_call_ms),
+            _count(len(latency.samples_ms)),
+        )
+        for line in series_of(report)
+        for point in line.points
+        for latency in [point.latency]
+    ]
+    note = (
+        f"Of single calls. The p95's upper bound ({CONFIDENCE:.0%} confidence; of fewer than {LEAST_CALLS} calls, the "
+        "slowest one) is what a budget is held against. IQR: interquartile range."
+    )
+    return _table_section("latency-details", "Latency in detail", headers, rows, note=note, is_folded=True)
+
+
+def quality_section(report: Report) -> str:
+    """Return all figures of each metric, those of exact sessions included."""
+    headers = ["configuration", "steps", "metric", "mean", "low", "high", "median", "5th", "95th", "images"]
+    rows = [
+        (
+            word_cell(line.label),
+            _count(point.steps),
+            word_cell(axis_label(metric)),
+            *(_value(getattr(aggregate, name), metric) for name in ("mean", "low", "high", "median", "p5", "p95")),
+            _count(aggregate.count),
+        )
+        for line in series_of(report)
+        if line.kind != "reference"  # its quality is that of the exact session
+        for point in line.points
+        for metric in measured_metrics(report)
+        if (aggregate := point.quality.get(metric.name)) is not None
+    ]
+    note = (
+        "Over the images: mean with its 95% bootstrap interval (low, high), median, 5th and 95th percentile; "
+        "images are those with a finite value."
+    )
+    return _table_section("quality-details", "Quality in detail", headers, rows, note=note, is_folded=True)
 
 
 def stages_section(report: Report) -> str:
@@ -33,7 +98,7 @@ def stages_section(report: Report) -> str:
     rows = [
         (
             word_cell(labels[result.configuration.name]),
-            Cell(text=str(row.steps), order=row.steps),
+            _count(row.steps),
             *(figure_cell(row.stages[name]) if name in row.stages else NOTHING for name in names),
         )
         for result in report.configurations
@@ -48,14 +113,14 @@ def stages_section(report: Report) -> str:
 def load_section(report: Report) -> str:
     """Return the latency under load."""
     labels = _labels(report)
-    headers = ["configuration", "arrivals/s", "finished/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "calls", "dropped"]
+    headers = ["configuration", "calls/s", "finished/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "calls", "dropped"]
     rows = [
         (
             word_cell(labels[result.configuration.name]),
             *map(figure_cell, (point.rate_per_s, point.achieved_per_s)),
             *map(figure_cell, (point.p50_ms, point.p90_ms, point.p95_ms, point.p99_ms)),
-            Cell(text=str(len(point.samples_ms)), order=len(point.samples_ms)),
-            Cell(text=str(point.dropped), order=point.dropped),
+            _count(len(point.samples_ms)),
+            _count(point.dropped),
         )
         for result in report.configurations
         for point in result.load
@@ -65,8 +130,11 @@ def load_section(report: Report) -> str:
 
 
 def gains_section(report: Report) -> str:
-    """Return what more steps bring, and from where on they bring less than can be told."""
+    """Return what more steps bring, and from where on they bring less than can be told, or make it worse."""
     labels, metrics = _labels(report), {metric.name: metric for metric in report.metrics}
+    worse = {
+        result.configuration.name: worsening_steps(result.gains, report.metrics) for result in report.configurations
+    }
     rows = [
         (
             word_cell(labels[result.configuration.name]),
@@ -75,14 +143,20 @@ def gains_section(report: Report) -> str:
             _value(gain.gain, metrics[gain.metric]),
             _value(gain.low, metrics[gain.metric]),
             _value(gain.high, metrics[gain.metric]),
-            _settled(result, gain.metric),
+            _per_step(gain, metrics[gain.metric]),
+            _steps_or(result.settled_at_steps.get(gain.metric), Cell(text="not yet", order=None)),
+            _steps_or(worse[result.configuration.name].get(gain.metric), NOTHING),
         )
         for result in report.configurations
         for gain in result.gains
         if gain.metric in metrics
     ]
-    headers = ["configuration", "metric", "steps", "improvement", "low", "high", "settled at steps"]
-    note = "An improvement is positive whichever way is better; low and high are its 95% bootstrap interval."
+    headers = ["configuration", "metric", "steps", "improvement", "low", "high", "of a step"]
+    headers += ["settled at steps", "worse from steps"]
+    note = (
+        "An improvement is positive whichever way is better; low and high are its 95% bootstrap interval. Settled: no "
+        "later improvement is above its interval's width; worse: more steps are a loss."
+    )
     return _table_section("gains", "What more steps bring", headers, rows, note=note, is_folded=True)
 
 
@@ -164,13 +238,20 @@ def _section(name: str, title: str, content: str) -> str:
 
 
 def _html_table(
-    table: Table, *, chosen: tuple[str | None, int | None] | None = None, wrapped: Sequence[int] = ()
+    table: Table, *, classes: Mapping[tuple[str | None, int | None], str] | None = None, wrapped: Sequence[int] = ()
 ) -> str:
-    """Return a table that the script makes sortable; words are flush left where any column is wrapped."""
+    """Return a table that the script makes sortable; words are flush left where any column is wrapped.
+
+    Args:
+        table: headers and rows.
+        classes: of rows, by their key.
+        wrapped: columns of long text.
+    """
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
     body = []
     for index, row in enumerate(table.rows):
-        mark = ' class="chosen"' if table.keys and table.keys[index] == chosen else ""
+        kind = (classes or {}).get(table.keys[index]) if table.keys else None
+        mark = "" if kind is None else f' class="{kind}"'
         cells = "".join(_html_cell(cell, is_wrapped=column in wrapped) for column, cell in enumerate(row))
         body.append(f"<tr{mark}>{cells}</tr>")
     words = " words" if wrapped else ""
@@ -191,6 +272,10 @@ def _order(order: float | str) -> str:
     return "Infinity" if order == float("inf") else str(order)
 
 
+def _count(value: int) -> Cell:
+    return Cell(text=str(value), order=value)
+
+
 def _figure_or_nothing(value: float | None) -> Cell:
     return NOTHING if value is None else figure_cell(value)
 
@@ -203,9 +288,13 @@ def _value(value: float | None, metric: MetricFacts) -> Cell:
     return Cell(text=format_value(value, metric), order=value)
 
 
-def _settled(result: ConfigurationResult, metric: str) -> Cell:
-    steps = result.settled_at_steps.get(metric)
-    return Cell(text="not yet", order=None) if steps is None else Cell(text=str(steps), order=steps)
+def _steps_or(steps: int | None, otherwise: Cell) -> Cell:
+    return otherwise if steps is None else _count(steps)
+
+
+def _per_step(gain: Gain, metric: MetricFacts) -> Cell:
+    """Return an improvement divided by its steps, with a decimal more: it is smaller."""
+    return _value(gain_per_step(gain).gain, replace(metric, decimals=metric.decimals + 1))
 
 
 def _range(metric: MetricFacts) -> str:

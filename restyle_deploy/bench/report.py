@@ -40,6 +40,7 @@ class Settings:
         warmup, repeats: calls before the measurement, at least; measured calls.
         image_count, image_names: that quality was counted over, in the order of `Row.per_image`.
         time_budget_s: seconds that the whole bench might take.
+        images_sha256: of the target images as the encoder is given them; `None` in reports that do not record it.
     """
 
     steps: tuple[int, ...]
@@ -48,6 +49,7 @@ class Settings:
     image_count: int
     image_names: tuple[str, ...]
     time_budget_s: float | None = None
+    images_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,16 @@ from restyle_deploy.bench.libraries import REFERENCES, require_bench_libraries, 
 from restyle_deploy.bench.markdown import markdown_from_report
 from restyle_deploy.bench.metrics import METRICS
 from restyle_deploy.bench.page import PAGE_NAME, write_page
-from restyle_deploy.bench.report import BundleFacts, Configuration, Decision, Part, Report, Settings, write_report
+from restyle_deploy.bench.report import (
+    BundleFacts,
+    Configuration,
+    Decision,
+    Part,
+    Report,
+    Settings,
+    read_report,
+    write_report,
+)
 from restyle_deploy.bench.schedule import CELLS_FOLDER, BenchOptions, Images, Jobs, measure_all
 from restyle_deploy.bench.strips import STRIPS_FOLDER, draw_strips
 from restyle_deploy.bundle import Bundle
@@ -66,7 +75,8 @@ def run_bench(
     """
     require_bench_libraries()
     _check(images, configurations, options)
-    prepare_folder(output / CELLS_FOLDER)
+    for written in (output, output / CELLS_FOLDER):
+        prepare_folder(written)
     environment, created = describe_environment(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="restyle-deploy-") as folder:
         jobs = Jobs(bundle, images, output, options, environment=environment, files=files, folder=Path(folder))
@@ -75,7 +85,7 @@ def run_bench(
         created=created,
         environment=environment,
         bundle=_facts_of_bundle(bundle),
-        settings=_settings(images, options),
+        settings=_settings(images, options, images_sha256=jobs.targets_sha256),
         metrics=_metrics_of(parts),
         configurations=tuple(part.result for part in parts),
     )
@@ -93,6 +103,28 @@ def run_bench(
     return report
 
 
+def draw_report(path: Path, output: Path) -> list[Path]:
+    """Draw charts, page and Markdown from a report.json alone, and return the files.
+
+    Args:
+        path: of the report. The page has images if their folder `images` is beside it.
+        output: folder; created when missing. Load charts of a former report go.
+    Raises:
+        ReportError: the report or an image cannot be read, or `output` cannot be written to.
+        BackendUnavailableError: the `bench` extra is not installed.
+    """
+    require_bench_libraries()
+    report = read_report(path)
+    prepare_folder(output)
+    for suffix in ("png", "svg"):
+        (output / f"{LOAD_CHART_NAME}.{suffix}").unlink(missing_ok=True)
+    charts = draw_charts(path, output)
+    page, markdown = write_page(path, output / PAGE_NAME), output / MARKDOWN_NAME
+    with replace_when_complete(markdown) as temporary:
+        temporary.write_text(markdown_from_report(report), encoding="utf-8")
+    return [*charts, page, markdown]
+
+
 def finish_report(report: Report, bundle: Bundle, output: Path, options: BenchOptions) -> Report:
     """Add the decision and write report.json and all that follows from it; at least one configuration was measured."""
     report = replace(report, decision=_decision_of(report, options))
@@ -101,10 +133,7 @@ def finish_report(report: Report, bundle: Bundle, output: Path, options: BenchOp
     _remove_former(output)
     if report.decision is not None and report.decision.configuration is not None:
         write_deployment(output / DEPLOYMENT_NAME, deployment_of(report, bundle))
-    draw_charts(path, output)
-    write_page(path, output / PAGE_NAME)
-    with replace_when_complete(output / MARKDOWN_NAME) as temporary:
-        temporary.write_text(markdown_from_report(report), encoding="utf-8")
+    draw_report(path, output)
     measured = next(result for result in report.configurations if result.status == "ok")
     draw_strips(output, measured.configuration.name)
     return report
@@ -125,10 +154,8 @@ def prepare_folder(output: Path) -> None:
 
 
 def _remove_former(output: Path) -> None:
-    """Remove what this run may not replace, since it would be taken for this one's: a choice, load charts, strips."""
-    former = [output / DEPLOYMENT_NAME, *(output / STRIPS_FOLDER).glob("*.png")]
-    former += [output / f"{LOAD_CHART_NAME}.{suffix}" for suffix in ("png", "svg")]
-    for path in former:
+    """Remove what this run may not replace, since it would be taken for this one's: a choice, strips."""
+    for path in (output / DEPLOYMENT_NAME, *(output / STRIPS_FOLDER).glob("*.png")):
         path.unlink(missing_ok=True)
 
 
@@ -172,7 +199,9 @@ def _is_file_name(name: str) -> bool:
 
 
 def _check_limits(options: BenchOptions) -> None:
-    """Raise `ValueError` for metrics that there are not, a minimum of one that is not to be measured, or no number."""
+    """Raise `ValueError` for metrics that there are not, a minimum of one that is not to be measured, or no number, or
+    rates of calls that cannot be.
+    """
     known = [metric.name for metric in METRICS]
     asked = options.metrics.names
     unknown = [name for name in (*(asked or ()), *options.minimums) if name not in known]
@@ -181,6 +210,8 @@ def _check_limits(options: BenchOptions) -> None:
     limits = [*options.minimums.values(), *([] if options.budget_ms is None else [options.budget_ms])]
     if not np.isfinite(limits).all():
         raise ValueError(f"a limit is no finite number: {limits}")
+    if not all(0 < rate < np.inf for rate in (*options.load_shares, *options.load_rates)):
+        raise ValueError(f"load shares {options.load_shares} and rates {options.load_rates}: each must be above 0")
     left_out = [name for name in options.minimums if asked is not None and name not in asked]
     if left_out:
         raise ValueError(
@@ -188,7 +219,7 @@ def _check_limits(options: BenchOptions) -> None:
         )
 
 
-def _settings(images: Images, options: BenchOptions) -> Settings:
+def _settings(images: Images, options: BenchOptions, *, images_sha256: str) -> Settings:
     return Settings(
         steps=tuple(sorted(options.steps)),
         warmup=USUAL_WARMUP.least_calls if options.warmup is None else options.warmup,
@@ -196,6 +227,7 @@ def _settings(images: Images, options: BenchOptions) -> Settings:
         image_count=len(images),
         image_names=tuple(name for name, _ in images),
         time_budget_s=options.time_budget_s,
+        images_sha256=images_sha256,
     )
 
 

@@ -19,7 +19,7 @@ from restyle_deploy.bench.metrics.identity_input import sidecar_of
 from restyle_deploy.bench.metrics.perceptual import cached_backbone
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Part, read_part
 from restyle_deploy.bench.strips import IMAGES_FOLDER
-from restyle_deploy.bench.sweep import BatchPoint, next_batch
+from restyle_deploy.bench.sweep import MOST_BATCH, BatchPoint, next_batch
 from restyle_deploy.bench.worker import run_job, skipped_part
 from restyle_deploy.bundle import MANIFEST, Bundle, find_engine
 from restyle_deploy.engines import build_command
@@ -28,6 +28,7 @@ from restyle_deploy.files import sha256_of_file
 from restyle_deploy.runtime.images import normalize_images, resize_image
 
 CELLS_FOLDER = "cells"
+PACKAGE = Path(__file__).parents[1]  # what is measured with
 
 Images = Sequence[tuple[str, NDArray[np.uint8]]]
 
@@ -43,7 +44,7 @@ class BenchOptions:
         metrics: which, and their files.
         picture_count: strips are drawn for the first so many images, and the page shows them.
         against: one of `libraries.REFERENCES`: also measure the reference model in each configuration's process.
-        load_shares: see `Job`.
+        load_shares, load_rates: see `Job`.
         load_seconds: for each rate.
         sweeps: whether batches are doubled from each configuration's until throughput no longer grows.
         most_batch: of a sweep.
@@ -59,9 +60,10 @@ class BenchOptions:
     picture_count: int = 8
     against: str | None = None
     load_shares: tuple[float, ...] = ()
+    load_rates: tuple[float, ...] = ()
     load_seconds: float = 20.0
     sweeps: bool = False
-    most_batch: int = 64
+    most_batch: int = MOST_BATCH
     time_budget_s: float | None = None
     resume: bool = False
     budget_ms: float | None = None
@@ -69,7 +71,11 @@ class BenchOptions:
 
 
 class Jobs:
-    """Makes the jobs of one bench: the images are written once for all of them."""
+    """Makes the jobs of one bench: the images are written once for all of them.
+
+    Attributes:
+        targets_sha256: of the images as the encoder is given them.
+    """
 
     def __init__(
         self,
@@ -88,11 +94,14 @@ class Jobs:
         targets = normalize_images(np.stack([resize_image(image, bundle.config.input_shape) for _, image in images]))
         self._targets = folder / "targets.npy"
         np.save(self._targets, targets)
+        self.targets_sha256 = hashlib.sha256(targets.data).hexdigest()
         self._surroundings = {
             "manifest": hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
-            "targets": hashlib.sha256(targets.data).hexdigest(),
+            "targets": self.targets_sha256,
             "files": _hashes_of(options.metrics),
             "environment": asdict(replace(environment, load_average=None)),
+            # Of a tree with changes, the commit does not tell which changes.
+            "source": _hash_of_source(PACKAGE) if (environment.commit or "").endswith("-dirty") else None,
         }
 
     def create(self, configuration: Configuration, *, is_swept: bool = False) -> tuple[Job, str]:
@@ -113,6 +122,7 @@ class Jobs:
             metrics=None if is_swept else plain_metric_options(options.metrics),
             against=None if is_swept else options.against,
             load_shares=() if is_swept else options.load_shares,
+            load_rates=() if is_swept else options.load_rates,
             load_seconds=options.load_seconds,
         )
         return job, key_of(job, self._surroundings)
@@ -136,7 +146,7 @@ def measure_all(
     options: BenchOptions,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[Part], bool]:
-    """Return the parts, and whether the user interrupted; what was not begun then is skipped."""
+    """Return the parts, and whether the user interrupted; what was not begun then, nor finished before, is skipped."""
     began = time.monotonic()
     parts: list[Part] = []
     interrupted = False
@@ -144,7 +154,8 @@ def measure_all(
         job, key = jobs.create(configuration, is_swept=is_swept)
         left = None if options.time_budget_s is None else options.time_budget_s - (time.monotonic() - began)
         if interrupted:
-            parts.append(skipped_part(job, key, "the bench was interrupted before"))
+            finished = _finished(job, key, options)
+            parts.append(finished or skipped_part(job, key, "the bench was interrupted before"))
         elif reason := jobs.why_not(configuration):
             parts.append(skipped_part(job, key, reason))
         else:
@@ -182,9 +193,8 @@ def _point_of(result: ConfigurationResult) -> BatchPoint:
 def _measure_one(
     job: Job, key: str, options: BenchOptions, left: float | None, progress: Callable[[str, int, int], None]
 ) -> Part:
-    name = job.configuration.name
-    place = Path(job.output) / CELLS_FOLDER / f"{name}.json"
-    if options.resume and (found := _finished(place, key)):
+    name, place = job.configuration.name, _place_of(job)
+    if found := _finished(job, key, options):
         return found
     if left is not None and left <= 0:
         return skipped_part(job, key, f"the time budget of {options.time_budget_s:g} s was spent")
@@ -200,13 +210,26 @@ def _measure_one(
     )
 
 
-def _finished(place: Path, key: str) -> Part | None:
-    """Return the part of a former run of the same job that went well."""
+def _place_of(job: Job) -> Path:
+    return Path(job.output) / CELLS_FOLDER / f"{job.configuration.name}.json"
+
+
+def _finished(job: Job, key: str, options: BenchOptions) -> Part | None:
+    """Return the part of a former run of the same job that went well, if such parts are to be taken."""
+    if not options.resume:
+        return None
     try:
-        part = read_part(place)
+        part = read_part(_place_of(job))
     except ReportError:
         return None
     return part if part.key == key and part.result.status == "ok" else None
+
+
+def _hash_of_source(package: Path) -> str:
+    """Return a hash of a package's files, names included, but for what the interpreter makes of them."""
+    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    listed = "".join(f"{sha256_of_file(path)} {path.relative_to(package).as_posix()}\n" for path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _hashes_of(metrics: MetricOptions) -> dict[str, str]:

@@ -61,16 +61,18 @@ def read_step_images(folder: Path, configuration: str) -> Iterator[StepImages]:
     Raises:
         ReportError: a file is no image.
     """
-    place = folder / IMAGES_FOLDER / configuration
-    for image in sorted(place.iterdir()) if place.is_dir() else []:
-        if not (image / f"{_TARGET}.png").is_file():
-            continue
+    for image in _image_folders(folder, configuration):
         steps = {int(path.stem[len(_STEP) :]): path for path in image.glob(f"{_STEP}*.png") if _has_number(path)}
         yield StepImages(
             name=image.name,
             target=_read(image / f"{_TARGET}.png"),
             steps={count: _read(steps[count]) for count in sorted(steps)},
         )
+
+
+def has_step_images(folder: Path, configuration: str) -> bool:
+    """Return whether `read_step_images` would yield anything."""
+    return bool(_image_folders(folder, configuration))
 
 
 def draw_strips(folder: Path, configuration: str) -> list[Path]:
@@ -114,6 +116,12 @@ def resample(pixels: NDArray[np.uint8], shape: tuple[int, ...]) -> Image.Image:
     if pixels.shape[:2] != tuple(shape):
         image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     return image
+
+
+def _image_folders(folder: Path, configuration: str) -> list[Path]:
+    place = folder / IMAGES_FOLDER / configuration
+    found = sorted(place.iterdir()) if place.is_dir() else []
+    return [image for image in found if (image / f"{_TARGET}.png").is_file()]
 
 
 def _enlarge(pixels: NDArray[np.uint8], shape: tuple[int, ...], factor: int) -> Image.Image:

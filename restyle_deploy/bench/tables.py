@@ -1,17 +1,28 @@
 """A report's figures as cells, for the terminal, the page and pull requests."""
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from restyle_deploy.bench.comparison import Ratio
 from restyle_deploy.bench.figures import Aggregate, MetricFacts, StepLatency
+from restyle_deploy.bench.quality import worsening_steps
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Report, Row
 from restyle_deploy.bench.series import axis_label, labels_of, measured_metrics, missing_note
 from restyle_deploy.bench.sweep import LEAST_GROWTH, BatchPoint, next_batch, saturated_batch
 
 UNSTABLE_MARK = "!"
+FRONT = "front"  # heads the column that marks the decision's Pareto front
+FRONT_MEANING = "beaten by no row in latency, images per second and quality together"
+
+# How libraries tell that memory is short, and how this package does: `process.OUT_OF_MEMORY`, `Device.allocate`.
+_SHORT_MEMORY = re.compile(
+    r"more memory than there is|smaller max_batch needs less|out.?of.?memory|not enough memory|bad.?alloc|"
+    r"allocate memory",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +46,10 @@ class Table:
 
 
 def table_of(report: Report) -> Table:
-    """Return one row per configuration and step count: latency, throughput, quality, what it was compared with."""
+    """Return one row per configuration and step count: latency, throughput, quality, what it was compared with.
+
+    Where the decision has a Pareto front, the last column marks its rows.
+    """
     metrics = measured_metrics(report)
     results = [result for result in report.configurations if result.rows]
     has_exact = any(result.exact is not None for result in results)
@@ -43,6 +57,8 @@ def table_of(report: Report) -> Table:
     headers = ["configuration", "steps", "median ms", "p95 ms", "images/s", *(axis_label(item) for item in metrics)]
     headers += ["exact/this", "PSNR to exact (dB)", "latent error"] if has_exact else []
     headers += ["reference/this"] if has_against else []
+    front = front_of(report)
+    headers += [FRONT] if front else []
     labels = labels_of([result.configuration for result in report.configurations])
     rows, keys = [], []
     for result in results:
@@ -51,16 +67,24 @@ def table_of(report: Report) -> Table:
             cells += [_mean(row.quality.get(metric.name), metric) for metric in metrics]
             cells += _exact_cells(result, index) if has_exact else []
             cells += _against_cells(result, index) if has_against else []
+            cells += [_front_cell((result.configuration.name, row.steps) in front)] if front else []
             rows.append(tuple(cells))
             keys.append((result.configuration.name, row.steps))
     return Table(headers=tuple(headers), rows=tuple(rows), keys=tuple(keys))
+
+
+def front_of(report: Report) -> frozenset[tuple[str, int]]:
+    """Return the rows of the decision's Pareto front, the only one there is: configuration names and steps."""
+    rows = {(result.configuration.name, row.steps) for result in report.configurations for row in result.rows}
+    return frozenset(rows.intersection(report.decision.pareto if report.decision is not None else ()))
 
 
 def format_table(report: Report) -> str:
     """Return the table as plain text, with notes of what is unstable, failed, skipped or missing."""
     table = table_of(report)
     lines = [list(table.headers), *([cell.text for cell in row] for row in table.rows)]
-    return "\n".join([format_lines(lines), *notes_of(report)])
+    front = [f"{FRONT}: {FRONT_MEANING}"] if front_of(report) else []
+    return "\n".join([format_lines(lines), *front, *notes_of(report)])
 
 
 def format_lines(lines: Sequence[Sequence[str]]) -> str:
@@ -76,8 +100,9 @@ def format_lines(lines: Sequence[Sequence[str]]) -> str:
 
 
 def notes_of(report: Report) -> list[str]:
-    """Return one sentence for each row that is unstable, each configuration without rows, each batch that fills its
-    device, from which step count on the gain cannot be told, and the missing metrics.
+    """Return one sentence for each row that is unstable, each configuration without rows or with a metric that failed,
+    where a sweep of batches ended, from which step count on the gain cannot be told or is a loss, and the missing
+    metrics.
     """
     labels = labels_of([result.configuration for result in report.configurations])
     notes = []
@@ -85,43 +110,76 @@ def notes_of(report: Report) -> list[str]:
         label = labels[result.configuration.name]
         if result.status != "ok":
             notes.append(f"{label}: {result.status}: {result.reason}")
+        elif result.reason is not None:
+            notes.append(f"{label}: {result.reason}")
         for row in result.rows:
             if row.latency.unstable:
                 reason = row.latency.reason or "no reason given"
                 notes.append(f"{UNSTABLE_MARK} {label}, {count_steps(row.steps)}: unstable: {reason}")
     missing = missing_note(report)
-    return notes + _full_notes(report, labels) + _settled_notes(report, labels) + ([missing] if missing else [])
+    return notes + _sweep_notes(report, labels) + _settled_notes(report, labels) + ([missing] if missing else [])
 
 
-def _full_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
-    """Return at which batch throughput ceased to grow, of configurations that differ in the batch alone."""
+def is_memory_short(result: ConfigurationResult) -> bool:
+    """Return whether a configuration failed because it needed more memory than there is."""
+    return result.status == "failed" and _SHORT_MEMORY.search(result.reason or "") is not None
+
+
+def _sweep_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
+    """Return where batches ceased to bring anything or to fit, of configurations that differ in the batch alone."""
     sweeps: dict[Configuration, dict[int, ConfigurationResult]] = {}
     for result in report.configurations:
-        if result.rows:
-            sweeps.setdefault(replace(result.configuration, batch=1), {})[result.configuration.batch] = result
-    notes = []
-    for results in sweeps.values():
-        speeds = [BatchPoint(batch=batch, images_per_s=results[batch].rows[-1].throughput) for batch in sorted(results)]
-        full = saturated_batch(speeds)
-        if full is not None and next_batch(speeds, most_batch=sys.maxsize) is None:
-            label = labels[results[full].configuration.name]
-            notes.append(f"{label}: fills the device; larger batches bring less than {LEAST_GROWTH:.0%} more images/s")
-    return notes
+        sweeps.setdefault(replace(result.configuration, batch=1), {})[result.configuration.batch] = result
+    by_batch = ([results[batch] for batch in sorted(results)] for results in sweeps.values())
+    return [note for results in by_batch if (note := _sweep_note(results, labels)) is not None]
+
+
+def _sweep_note(results: Sequence[ConfigurationResult], labels: Mapping[str, str]) -> str | None:
+    """Return how a sweep ended; `results` are by batch, rising."""
+    measured = {result.configuration.batch: result for result in results if result.rows}
+    if not measured:
+        return None
+    speeds = [BatchPoint(batch=batch, images_per_s=result.rows[-1].throughput) for batch, result in measured.items()]
+    largest = measured[max(measured)]
+    label, place = labels[largest.configuration.name], "host" if largest.configuration.device == "cpu" else "device"
+    full = saturated_batch(speeds)
+    if full is not None and next_batch(speeds, most_batch=sys.maxsize) is None:
+        label = labels[measured[full].configuration.name]
+        return f"{label}: fills the device; larger batches bring less than {LEAST_GROWTH:.0%} more images/s"
+    beyond = [each.configuration.batch for each in results if is_memory_short(each)]
+    if beyond and min(beyond) > max(measured):
+        return f"{label}: fills the {place}: batch {min(beyond)} needs more memory than there is"
+    if largest is results[-1] and _is_swept(largest, results):
+        return (
+            f"{label}: the sweep ended here, at its largest batch, before images/s ceased to grow; "
+            f"go on with --max-batch {2 * largest.configuration.batch}"
+        )
+    return None
+
+
+def _is_swept(result: ConfigurationResult, others: Sequence[ConfigurationResult]) -> bool:
+    """Return whether a batch was added by a sweep, which counts no quality."""
+    return not any(row.quality for row in result.rows) and any(row.quality for each in others for row in each.rows)
 
 
 def _settled_notes(report: Report, labels: Mapping[str, str]) -> list[str]:
-    """Return from which step count on a further gain is below its interval's width, alike configurations together."""
-    metrics = {metric.name: metric.label for metric in report.metrics}
+    """Return from which step count on more steps gain too little to be told, or do harm; alike ones together."""
     told: dict[str, list[str]] = {}
     for result in report.configurations:
-        settled = result.settled_at_steps
-        text = ", ".join(f"{count_steps(settled[name])} ({metrics[name]})" for name in metrics if name in settled)
-        if text:
-            told.setdefault(text, []).append(labels[result.configuration.name])
-    return [
-        f"{', '.join(names)}: more steps gain less than these images tell from {text} on"
-        for text, names in told.items()
-    ]
+        worse = worsening_steps(result.gains, report.metrics)
+        settled = {name: steps for name, steps in result.settled_at_steps.items() if worse.get(name) != steps}
+        for steps_by_metric, words in (
+            (settled, "more steps gain less than these images tell from {} on"),
+            (worse, "more steps make it worse from {} on"),
+        ):
+            if text := _list_steps(steps_by_metric, report.metrics):
+                told.setdefault(words.format(text), []).append(labels[result.configuration.name])
+    return [f"{'; '.join(names)}: {text}" for text, names in told.items()]
+
+
+def _list_steps(steps: Mapping[str, int], metrics: Sequence[MetricFacts]) -> str:
+    """Return "3 steps (LPIPS), 5 steps (SSIM)"."""
+    return ", ".join(f"{count_steps(steps[each.name])} ({each.label})" for each in metrics if each.name in steps)
 
 
 def format_value(value: float | None, metric: MetricFacts) -> str:
@@ -147,6 +205,10 @@ def word_cell(text: str) -> Cell:
 def figure_cell(value: float) -> Cell:
     """Return a cell of milliseconds or a rate."""
     return Cell(text=format_figure(value), order=value)
+
+
+def _front_cell(is_in_front: bool) -> Cell:
+    return Cell(text="yes", order=0) if is_in_front else NOTHING
 
 
 def _times(row: Row) -> list[Cell]:

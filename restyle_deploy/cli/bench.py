@@ -22,6 +22,27 @@ if TYPE_CHECKING:
     from restyle_deploy.bench.schedule import BenchOptions
 
 DEFAULT_STEPS = "1,2,3,5,10"
+MOST_RATE = 1e4  # calls per second: all arrivals are drawn beforehand
+
+
+def _parse_loads(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the shares and the rates (calls per second) in a list such as 0.5,0.9,12/s."""
+    parts = value.split(",") if value else []
+    shares = ",".join(part for part in parts if not part.endswith("/s"))
+    try:
+        rates = tuple(float(part.removesuffix("/s")) for part in parts if part.endswith("/s"))
+    except ValueError:
+        rates = (0.0,)
+    if any(not 0 < rate <= MOST_RATE for rate in rates):
+        raise click.BadParameter(
+            f"{value!r}: a rate such as 12/s is above 0 and at most {MOST_RATE:g} calls per second"
+        )
+    try:
+        return parse_shares(context, parameter, shares), rates
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{error.message}; calls per second are written as 12/s") from None
 
 
 @click.command()
@@ -34,14 +55,23 @@ DEFAULT_STEPS = "1,2,3,5,10"
     "--warmup", type=click.IntRange(min=0), show_default="until stable", help="Calls before measuring, a fixed number."
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Measured calls.")
-@click.option("--sweep", "sweeps", is_flag=True, help="Double the batch until throughput no longer grows, up to 64.")
+@click.option("--sweep", "sweeps", is_flag=True, help="Double the batch while throughput grows and memory lasts.")
+@click.option(
+    "--max-batch",
+    "most_batch",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Where --sweep ends at the latest.",
+)
 @click.option(
     "--load",
-    "load_shares",
-    callback=parse_shares,
-    help="Also let calls arrive at random, at these shares of what fits into a second, as 0.5,0.9.",
+    "loads",
+    callback=_parse_loads,
+    help="Also let calls arrive at random, at these rates: shares of what is done in a second, or calls (of --batch "
+    "images each) per second, as 0.5,0.9,12/s.",
 )
-@click.option("--load-seconds", type=click.FloatRange(min=0.1), default=20.0, show_default=True, help="For each share.")
+@click.option("--load-seconds", type=click.FloatRange(min=0.1), default=20.0, show_default=True, help="For each rate.")
 @click.option("--against", type=click.Choice(REFERENCES), help="Also measure the reference model, in the same rounds.")
 @metric_options
 @click.option(
@@ -68,8 +98,9 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
 
     Approximate configurations are measured together with the exact session, and compared with it. --against torch
     rebuilds the reference model from BUNDLE (needs the extra `export`). A configuration that fails has a row that says
-    why; the exit status is 1 then, and where nothing meets --budget-ms and --min-quality. After Ctrl-C, --resume goes
-    on with what is not measured yet.
+    why; the exit status is 1 then, and where nothing meets --budget-ms and --min-quality. A batch that --sweep added
+    and that needs more memory than there is ends the sweep, and is no failure. After Ctrl-C, --resume goes on with what
+    is not measured yet.
 
     All backends at two batches, and a choice within 200 ms: --backend all --batch 1,4 --budget-ms 200.
 
@@ -77,7 +108,7 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
     """
     from restyle_deploy.bench.matrix import configurations_of
     from restyle_deploy.bench.run import REPORT_NAME, run_bench
-    from restyle_deploy.bench.tables import format_table
+    from restyle_deploy.bench.tables import format_table, is_memory_short
     from restyle_deploy.bundle import read_bundle
     from restyle_deploy.errors import ImageError
     from restyle_deploy.runtime.inputs import find_images, load_images
@@ -103,7 +134,10 @@ def bench(context: click.Context, /, bundle: Path, images: tuple[Path, ...], out
         if report.decision is not None:
             click.echo(f"\n{report.decision.reason}")
         click.echo(f"\nreport, page, charts and strips: {output}")
-    is_any_failed = bool(failures) or any(result.status == "failed" for result in report.configurations)
+    is_any_failed = bool(failures) or any(
+        result.status == "failed" and (result.configuration in configurations or not is_memory_short(result))
+        for result in report.configurations
+    )
     has_limits = options.budget_ms is not None or bool(options.minimums)
     is_none_chosen = report.decision is None or report.decision.configuration is None
     context.exit(1 if is_any_failed or (has_limits and is_none_chosen) else 0)
@@ -127,6 +161,7 @@ def _options_of(choices: dict[str, Any]) -> "BenchOptions":
     left_out = [name for name in minimums if names is not None and name not in names]
     if left_out:
         raise click.UsageError(f"--min-quality of {', '.join(left_out)}, which is not among --metrics")
+    choices["load_shares"], choices["load_rates"] = choices.pop("loads")
     files = {name: choices.pop(name) for name in list(choices) if name.startswith(("identity_", "lpips_"))}
     return BenchOptions(metrics=MetricOptions(names=names, **files), **choices)
 

@@ -29,7 +29,8 @@ def _parse_share(context: click.Context, parameter: click.Parameter, value: str 
     "--fail-above",
     metavar="PERCENT",
     callback=_parse_share,
-    help="Exit with 1 if a row of B is slower or worse by more than this, or missing.",
+    help="Exit with 1 if a row of B is slower or worse by more than this, beyond doubt; or if a row or metric of A is "
+    "missing in B.",
 )
 @click.option(
     "--allow-different-environments",
@@ -50,9 +51,26 @@ def compare(
     """Compare two reports of `restyle-deploy bench`: A.json is what was, B.json what is now.
 
     Prints for each configuration and step count the ratio of the latencies (above 1, B is slower) with a bootstrap
-    interval, how quality has changed over the same images, and a verdict. Where both reports were measured with
-    --against, the ratio is that of the ratios to the reference model, which a slower day of the machine leaves alone.
-    Reports of unlike machines or bundles are refused, with exit status 1.
+    interval (95 %), how quality has changed over the same images, and a verdict. Where both reports were measured with
+    --against beside the same reference model, the ratio is that of the ratios to it, which a slower day of the machine
+    leaves alone.
+
+    \b
+    Verdicts:
+      slower, faster  the whole interval is above 1, or below
+      same            all of it is within the tolerance (--fail-above, else 3 %)
+      unclear         the interval is wider; or there are fewer than 5 calls;
+                      or times are called unstable in one of the reports, and
+                      no reference model was measured beside both of them
+      missing, new    in A alone, or in B alone
+
+    With --fail-above 5 % a row fails if it is slower and its ratio above 1.05; if a metric's whole interval is on the
+    worse side and its mean has changed by more than 5 %; if the row, or a metric that A has, is missing in B. An
+    unclear row does not fail, and has not passed: it is told below the table. Of fewer than 5 images no quality is
+    called worse. Quality of other images, or by another model, is not compared, with a note.
+
+    Reports of unlike machines or bundles are refused, with exit status 1. Of the system's build and the GPU driver's
+    patch level there is a note. docs/deciding.md has all rules.
 
     Example: restyle-deploy compare main/report.json branch/report.json --fail-above 5%
     """

@@ -15,6 +15,7 @@ from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.cli.export import export
 from restyle_deploy.cli.inspect import inspect
 from restyle_deploy.cli.invert import invert
+from restyle_deploy.cli.report import report
 from restyle_deploy.cli.verify import verify
 from restyle_deploy.errors import RestyleDeployError
 
@@ -49,5 +50,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-for command in (export, build, invert, bench, compare, verify, inspect, doctor):
+for command in (export, build, invert, bench, report, compare, verify, inspect, doctor):
     main.add_command(command)

@@ -25,10 +25,32 @@ _CAUSES = {
 _REFERENCES = ("onnxruntime", "torch", "none")
 
 
-@click.command()
+class _Verify(click.Command):
+    """Adds the tolerances to the help, from their one table, which only the help imports."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from restyle_deploy.backends.base import EXACT_PRECISION
+        from restyle_deploy.verify import TOLERANCES
+
+        with formatter.section("Tolerances, absolute"):
+            rows = TOLERANCES.items()
+            formatter.write_dl([(name, f"latents {row.latents:g}, images {row.images:g}") for name, row in rows])
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Where the largest latent is beyond ±1, the tolerance of latents is multiplied by it, of all precisions "
+            f"but {EXACT_PRECISION}, as their rounding is a share of the value."
+        )
+
+
+@click.command(cls=_Verify)
 @bundle_argument
 @session_options
-@click.option("--steps", type=click.IntRange(min=1), help="Steps to take.", show_default="those that are stored")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Steps to take. Fewer than the bundle has stored results of are raised to these.",
+    show_default="those that are stored",
+)
 @click.option(
     "--reference",
     type=click.Choice(_REFERENCES),
@@ -55,8 +77,7 @@ def verify(
     Each step is compared twice: freely running, where errors feed back, and from the reference's state, which shows
     the step's own error. Where a step by itself differs, the layers are compared, and the first that differs is named.
 
-    Exits with 1 if a file has changed, or if latents differ by more than 1e-4 or images by more than 1e-3 (tf32: 1e-2
-    and 0.05; fp16 and bf16: 2e-2 and 0.1).
+    Exits with 1 if a file has changed, or if latents or images differ by more than the precision's tolerance, below.
 
     Example: restyle-deploy verify engines/demo-faces --backend openvino
     """

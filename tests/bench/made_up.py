@@ -1,10 +1,14 @@
 """A session, its bundle, and the processes that measure, none of which computes or starts anything."""
 
+import errno
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from restyle_deploy.bench.figures import MetricFacts
@@ -181,6 +185,18 @@ class FakeProcesses:
             quality={name: made_up_aggregate(column) for name, column in values.items()},
             per_image={name: tuple(column.tolist()) for name, column in values.items()},
         )
+
+
+def refuse_files_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let temporary files in a folder fail as on a disk that is read only; others are made."""
+    make = tempfile.TemporaryFile
+
+    def refuse(*, dir: Path) -> Any:
+        if dir.resolve() == folder.resolve():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return make(dir=dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
 
 
 def failed_part(job: Job, key: str) -> Part:

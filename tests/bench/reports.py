@@ -100,7 +100,12 @@ def made_up_report() -> Report:
         environment=made_up_environment(),
         bundle=BundleFacts(name="demo-faces", domain="custom", output_size=64, checkpoint_sha256="ab" * 32),
         settings=Settings(
-            steps=STEPS, warmup=3, repeats=REPEATS, image_count=len(IMAGE_NAMES), image_names=IMAGE_NAMES
+            steps=STEPS,
+            warmup=3,
+            repeats=REPEATS,
+            image_count=len(IMAGE_NAMES),
+            image_names=IMAGE_NAMES,
+            images_sha256="ef" * 32,
         ),
         metrics=METRICS,
         configurations=tuple(results),

@@ -3,22 +3,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from restyle_deploy.bench import cell
 from restyle_deploy.bench.cell import measure_configuration
-from restyle_deploy.bench.figures import LoadPoint
+from restyle_deploy.bench.figures import LoadPoint, StepLatency
 from restyle_deploy.bench.job import Job, plain_metric_options
-from restyle_deploy.bench.metrics import MetricOptions
+from restyle_deploy.bench.metrics import METRICS, MetricOptions, table
+from restyle_deploy.bench.metrics.base import Gauge
+from restyle_deploy.bench.metrics.pixels import measure_mse
 from restyle_deploy.bench.report import Configuration
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import VerificationError
 from restyle_deploy.verify import load_expectation, save_expectation
 from tests.bench.made_up import INPUT_SIZE, FakeSession
+from tests.bench.reports import made_up_latency
 from tests.pictures import write_picture
 
 STEPS = (1, 2, 5)
@@ -99,7 +104,7 @@ def test_everything_is_measured(opening: FakeOpening, job: Job) -> None:
     assert [row.steps for row in result.rows] == list(STEPS)
     for row in result.rows:
         assert (len(row.latency.warmup_ms), len(row.latency.samples_ms)) == (1, 3)
-        assert row.throughput == pytest.approx(1e3 / row.latency.median_ms)
+        assert row.throughput == pytest.approx(1e3 / np.mean(row.latency.samples_ms))
         assert row.quality["mse"].mean == pytest.approx(np.mean(np.array(row.per_image["mse"], float)))
         assert row.stages == {"upload": 1, "encoder": 2 * row.steps, "generator": 3 * row.steps, "download": 4}
     assert not any(session.is_open for session in opening.sessions)
@@ -133,7 +138,7 @@ def test_calls_have_the_configurations_batch_even_of_fewer_images(opening: FakeO
     _, result = measure_configuration(changed(job, batch=4))
     assert {count for count, _, every_step in opening.sessions[0].calls if not every_step} == {4}
     for row in result.rows:
-        assert row.throughput == pytest.approx(4e3 / row.latency.median_ms)
+        assert row.throughput == pytest.approx(4e3 / np.mean(row.latency.samples_ms))
         assert len(row.per_image["mse"]) == 3
 
 
@@ -164,6 +169,47 @@ def test_job_without_metrics_has_speed_alone(opening: FakeOpening, job: Job) -> 
     assert [(row.steps, row.quality, row.per_image) for row in result.rows] == [(5, {}, {})]
     assert opening.sessions[1].calls == [(2, 3, True)]  # the exact session is there for the parity alone
     assert not (Path(job.output) / "images").exists()
+
+
+def test_throughput_is_what_is_kept_up_and_not_the_medians(
+    opening: FakeOpening, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_latencies(runs: Any, **_: Any) -> dict[Any, StepLatency]:
+        return {run: replace(made_up_latency(10.0, 0.01, seed=0), samples_ms=(*[10.0] * 9, 110.0)) for run in runs}
+
+    monkeypatch.setattr(cell, "measure_latencies", measure_latencies)
+    _, result = measure_configuration(changed(job, batch=4))
+    assert [row.throughput for row in result.rows] == pytest.approx([4 * 50] * len(STEPS))
+
+
+def test_metric_that_fails_on_the_images_leaves_the_rest(
+    opening: FakeOpening, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets through the two calls of the opening and the first step count, and fails at the second one."""
+    calls: list[int] = []
+
+    def measure(images: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+        calls.append(len(images))
+        if len(calls) > 3:
+            raise RuntimeError("CUDA error: no kernel image is available")
+        return np.zeros(len(images))
+
+    openers = [(metric, partial(Gauge, metric=metric)) for metric in METRICS if metric.name in ("mse", "lpips")]
+    gauges = {"mse": measure_mse, "lpips": measure}
+    rows = [(metric, lambda *_, make=make, name=metric.name: make(measure=gauges[name])) for metric, make in openers]
+    monkeypatch.setattr(table, "_TABLE", tuple(rows))
+    facts, result = measure_configuration(
+        replace(changed(job, precision="bf16"), metrics=plain_metric_options(MetricOptions()))
+    )
+    assert [metric.missing for metric in facts if metric.name == "mse"] == [None]
+    (missing,) = [metric.missing for metric in facts if metric.name == "lpips"]
+    assert missing == "it failed while it measured: RuntimeError: CUDA error: no kernel image is available"
+    assert (result.status, result.reason) == ("ok", f"LPIPS: {missing}")
+    assert {gain.metric for gain in result.gains} == {"mse"}
+    assert result.exact is not None
+    for row, exact in zip(result.rows, result.exact.rows, strict=True):
+        assert (set(row.quality), set(row.per_image), set(exact.quality)) == ({"mse"},) * 3
+        assert len(row.latency.samples_ms) == 3
 
 
 def test_session_that_computes_something_else_is_not_measured(opening: FakeOpening, bundle: Bundle, job: Job) -> None:
@@ -207,13 +253,13 @@ def test_load_is_of_the_largest_step_count(opening: FakeOpening, job: Job, monke
         return LoadPoint(rate_per_s=rate_per_s, achieved_per_s=1.0, samples_ms=(1.0,), dropped=0, **times)
 
     monkeypatch.setattr(cell, "measure_load", measure_load)
-    _, result = measure_configuration(replace(job, load_shares=(0.5, 0.9), load_seconds=7))
-    calls_per_s = 1e3 / result.rows[-1].latency.median_ms
+    _, result = measure_configuration(replace(job, load_shares=(0.5, 0.9), load_rates=(12.0,), load_seconds=7))
+    calls_per_s = 1e3 / float(np.mean(result.rows[-1].latency.samples_ms))
     rates, seconds = zip(*asked, strict=True)
-    assert rates == pytest.approx((0.5 * calls_per_s, 0.9 * calls_per_s))
-    assert seconds == (7, 7)
+    assert rates == pytest.approx((0.5 * calls_per_s, 0.9 * calls_per_s, 12))
+    assert seconds == (7, 7, 7)
     assert tuple(point.rate_per_s for point in result.load) == rates
-    assert opening.sessions[0].calls[-2:] == [(1, 5, False)] * 2
+    assert opening.sessions[0].calls[-3:] == [(1, 5, False)] * 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

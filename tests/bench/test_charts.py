@@ -10,9 +10,10 @@ from matplotlib.text import Annotation
 from numpy.typing import NDArray
 from PIL import Image
 
-from restyle_deploy.bench.charts import draw_charts, draw_panel
+from restyle_deploy.bench.charts import draw_charts, draw_panel, front_metric
 from restyle_deploy.bench.report import ConfigurationResult, Report, write_report
 from restyle_deploy.bench.series import series_of
+from restyle_deploy.bench.tables import front_of
 from restyle_deploy.errors import BackendUnavailableError, ReportError
 from tests.bench.reports import made_up_report
 
@@ -87,6 +88,37 @@ def test_of_many_lines_only_the_front_is_numbered(report: Report) -> None:
     assert [text for text, _ in numbered] == ["1", "2", "3", "5", "10", "10"]
     fastest = report.configurations[4].rows
     assert [place for _, place in numbered[:5]] == [row.latency.median_ms for row in fastest]
+
+
+def rings_in(report: Report, metric_index: int) -> set[tuple[float, float]]:
+    axes = Figure(figsize=(4, 4)).subplots()
+    metric, judged = report.metrics[metric_index], front_metric(report)
+    front = front_of(report) if metric == judged else frozenset()
+    draw_panel(axes, metric, series_of(report), front=front)
+    places = [np.asarray(line.get_xydata(), float) for line in axes.lines if line.get_gid() == "front"]
+    return {(float(x), float(y)) for place in places for x, y in place}
+
+
+def test_front_of_the_decision_is_ringed_where_it_was_judged(report: Report) -> None:
+    assert report.decision is not None
+    assert front_metric(report) == report.metrics[2]
+    points = {
+        (row.latency.median_ms, row.quality["ssim"].mean)
+        for result in report.configurations
+        for row in result.rows
+        if (result.configuration.name, row.steps) in report.decision.pareto
+    }
+    assert rings_in(report, 2) == points
+    assert len(points) == 4
+    assert rings_in(report, 0) == set()
+    assert front_metric(replace(report, decision=None)) is None
+
+
+def test_rings_are_explained(report: Report, drawn: list[Path], tmp_path: Path) -> None:
+    text = drawn[1].read_text()
+    assert "Ringed, for SSIM: the front, beaten by no row" in text
+    assert text.count('<g id="front">') > 0
+    assert "Ringed" not in draw(replace(report, decision=None), tmp_path)[1].read_text()
 
 
 @pytest.mark.parametrize(("count", "scale"), [(8, "log"), (1, "log")])

@@ -1,13 +1,16 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from restyle_deploy.bench.compare import ComparedCell, compare_reports, unlike_environments
+from restyle_deploy.bench.comparable import unlike_environments
+from restyle_deploy.bench.compare import ComparedCell, compare_reports
 from restyle_deploy.bench.compare_table import format_comparison, notes_of_pair
-from restyle_deploy.bench.figures import StepLatency
-from restyle_deploy.bench.report import ConfigurationResult, Report, Row
+from restyle_deploy.bench.figures import MetricFacts, StepLatency
+from restyle_deploy.bench.gpu_monitor import GpuFacts
+from restyle_deploy.bench.report import ConfigurationResult, Report, Row, read_report
 from restyle_deploy.errors import ReportError
 
 
@@ -43,6 +46,7 @@ def test_a_report_is_as_fast_and_good_as_itself(report: Report) -> None:
     assert all(cell.latency is not None and cell.latency.low <= 1 <= cell.latency.high for cell in cells)
     assert all(cell.latency is not None and cell.latency.ratio == 1 for cell in cells)
     assert {cell.verdict for cell in cells} == {"same", "unclear"}
+    assert all((cell.verdict == "unclear") == (cell.doubt is not None) for cell in cells)
     assert not any(cell.failures for cell in cells)
     assert not any(quality.is_worse for cell in cells for quality in cell.quality)
 
@@ -106,10 +110,200 @@ def test_worse_images_fail(report: Report) -> None:
     assert cell.failures == ("psnr_db has gone from 15.35 to 13.85",)
 
 
+def one_row(report: Report, samples_ms: tuple[float, ...], *, unstable: bool = False, against: bool = False) -> Report:
+    """Return a report of one row with these times, beside a reference that takes ten times as long, or alone."""
+    result = report.configurations[0]
+    assert result.against is not None
+    latency = replace(result.rows[0].latency, samples_ms=samples_ms, unstable=unstable)
+    times_ten = replace(latency, samples_ms=tuple(10 * sample for sample in samples_ms))
+    reference = replace(result.against, rows=(replace(result.against.rows[0], latency=times_ten),))
+    rows = (replace(result.rows[0], latency=latency),)
+    return replace(report, configurations=(replace(result, rows=rows, against=reference if against else None),))
+
+
+def drifting(seed: int, factor: float = 1.0) -> tuple[float, ...]:
+    """Return times that jump between two speeds, as on a shared machine: another run has other shares of them."""
+    generator = np.random.default_rng(seed)
+    speeds = np.repeat(generator.choice([1.0, 1.4], 4), 10)
+    return tuple((factor * speeds * generator.lognormal(0, 0.01, 40)).tolist())
+
+
+def test_noise_of_unstable_rows_does_not_fail(report: Report) -> None:
+    pairs = [(drifting(2 * seed), drifting(2 * seed + 1)) for seed in range(20)]
+    found = [
+        compare_reports(one_row(report, one, unstable=True), one_row(report, other), fail_above=0.05)[0]
+        for one, other in pairs
+    ]
+    assert {(cell.verdict, cell.failures) for cell in found} == {("unclear", ())}
+    assert {cell.doubt for cell in found} == {
+        "its times are unstable in the first report; measure again, or both with --against torch"
+    }
+    assert any(cell.latency is not None and cell.latency.low > 1.05 for cell in found)
+    taken_for_stable = [
+        compare_reports(one_row(report, one), one_row(report, other), fail_above=0.05)[0] for one, other in pairs
+    ]
+    assert any(cell.failures for cell in taken_for_stable)  # what resampling takes for a slowdown
+
+
+def test_unstable_rows_are_told_by_a_reference_of_the_same_rounds(report: Report) -> None:
+    first = one_row(report, drifting(0), unstable=True, against=True)
+    second = one_row(report, drifting(1, factor=1.1), unstable=True, against=True)
+    same = compare_reports(first, second, fail_above=0.05)[0]
+    assert (same.verdict, same.relative_to, same.doubt) == ("same", "torch", None)
+    result = second.configurations[0]
+    slow = replace(second, configurations=(replace(result, rows=(slow_row(result.rows[0], 1.1),)),))
+    cell = compare_reports(first, slow, fail_above=0.05)[0]
+    assert (cell.verdict, cell.failures) == ("slower", ("10.0% slower, allowed are 5.0%",))
+
+
+def slow_row(row: Row, factor: float) -> Row:
+    return replace(row, latency=slower(row.latency, factor))
+
+
+def test_wide_intervals_are_unclear_without_a_tolerance_too(report: Report) -> None:
+    wide = tuple(np.random.default_rng(4).lognormal(0, 1.5, 20).tolist())
+    cell = compare_reports(one_row(report, wide), one_row(report, wide[::-1]))[0]
+    assert (cell.verdict, cell.failures) == ("unclear", ())
+    assert cell.doubt == "the interval of the ratio reaches past 3.0%; more --repeats narrow it"
+    narrow = tuple(np.random.default_rng(4).lognormal(0, 0.01, 40).tolist())
+    assert compare_reports(one_row(report, narrow), one_row(report, narrow))[0].verdict == "same"
+
+
+@pytest.mark.parametrize("change", [{"version": "2.10"}, {"threads": 1}, {"library": "other"}, {"build": "debug"}])
+def test_another_reference_is_not_compared_with(report: Report, change: dict[str, object]) -> None:
+    result = report.configurations[0]
+    assert result.against is not None
+    other = replace(result.against, reference={**result.against.reference, **change})
+    second = replace(report, configurations=(replace(result, against=other), *report.configurations[1:]))
+    cells = compare_reports(report, second)
+    assert {cell.relative_to for cell in cells} == {None}
+    notes = [note for note in notes_of_pair(report, second) if "reference" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(
+        "ratios are of the times by themselves: the reference models differ: "
+        "library torch, version 2.9, threads 2, and "
+    )
+
+
+def with_images(report: Report, values: dict[str, tuple[float | None, ...]]) -> Report:
+    """Return a report of one row with these values of the images."""
+    result = report.configurations[0]
+    names = tuple(map(str, range(len(next(iter(values.values()))))))
+    settings = replace(report.settings, image_names=names, image_count=len(names))
+    rows = (replace(result.rows[0], per_image=values),)
+    return replace(report, settings=settings, configurations=(replace(result, rows=rows, against=None),))
+
+
+def test_last_bits_are_not_worse_and_few_images_tell_nothing(report: Report) -> None:
+    def compared(loss: float, images: int) -> ComparedCell:
+        values = [20.0 + index / 10 for index in range(images)]
+        after = tuple(value - loss for value in values)
+        pair = with_images(report, {"psnr_db": tuple(values)}), with_images(report, {"psnr_db": after})
+        return compare_reports(*pair, fail_above=0.0)[0]
+
+    for loss, is_worse in ((1e-9, False), (0.004, False), (0.006, True)):
+        cell = compared(loss, images=12)
+        assert cell.quality[0].is_worse is is_worse
+        assert bool(cell.failures) is is_worse
+    few = compared(5.0, images=4)
+    assert (few.quality[0].low, few.quality[0].high, few.quality[0].is_worse, few.failures) == (None, None, False, ())
+    assert compared(5.0, images=5).failures == ("psnr_db has gone from 20.2 to 15.2",)
+
+
 def test_other_images_are_not_compared(report: Report) -> None:
     names = tuple(f"other-{name}" for name in report.settings.image_names)
     other = replace(report, settings=replace(report.settings, image_names=names))
     assert all(cell.quality == () for cell in compare_reports(report, other))
+
+
+def test_other_images_of_the_same_names_are_not_compared(report: Report) -> None:
+    other = replace(report, settings=replace(report.settings, images_sha256="01" * 32))
+    assert all(cell.quality == () for cell in compare_reports(report, other))
+    assert "quality is not compared: the images have the same names, but are others" in notes_of_pair(report, other)
+    older = replace(report, settings=replace(report.settings, images_sha256=None))
+    assert all(cell.quality for cell in compare_reports(report, older))
+    assert (
+        "not both reports record a hash of their images: they are taken to be the same by their names"
+        in notes_of_pair(report, older)
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "note"),
+    [
+        ({"source": "other"}, {}, "PSNR (dB) is not compared, it differs in its source: 'other' and 'made up'"),
+        (
+            {"definition": "other."},
+            {},
+            "PSNR (dB) is not compared, it differs in its definition: "
+            "'other.' and 'Peak signal-to-noise ratio, peak to peak 2.'",
+        ),
+        (
+            {"depends_on": {"model_sha256": "ab", "size": [112, 112]}},
+            {"depends_on": {"model_sha256": "ab", "size": [64, 112]}},
+            "PSNR (dB) is not compared, it differs in size 112 112 and 64 112",
+        ),
+        (
+            {"depends_on": {"model_sha256": "ab"}},
+            {"depends_on": {"model_sha256": "cd"}, "source": "renamed.onnx"},
+            "PSNR (dB) is not compared, it differs in model_sha256 ab and cd",
+        ),
+        (
+            {"depends_on": {"model_sha256": "ab"}},
+            {"depends_on": {"model_sha256": "ab"}, "source": "renamed.onnx"},
+            None,
+        ),
+        (
+            {"depends_on": {"model_sha256": "ab"}},
+            {},
+            "PSNR (dB): the second report does not record what its model is given; their sources are equal",
+        ),
+    ],
+)
+def test_metrics_of_another_model_are_not_compared(
+    report: Report, first: dict[str, object], second: dict[str, object], note: str | None
+) -> None:
+    def changed(facts: dict[str, object]) -> Report:
+        metrics = tuple(
+            MetricFacts(**{**vars(metric), **facts}) if metric.name == "psnr_db" else metric
+            for metric in report.metrics
+        )
+        return replace(report, metrics=metrics)
+
+    pair = changed(first), changed(second)
+    names = {change.metric for cell in compare_reports(*pair) for change in cell.quality}
+    assert ("psnr_db" in names) is (note is None or "is not compared" not in note)
+    notes = [text for text in notes_of_pair(*pair) if text.startswith("PSNR")]
+    assert notes == ([] if note is None else [note])
+
+
+def test_lost_metrics_fail(report: Report) -> None:
+    values: dict[str, tuple[float | None, ...]] = {
+        name: (0.5, 0.6, 0.7, 0.8, 0.9) for name in ("mse", "psnr_db", "ssim")
+    }
+    first = with_images(report, values)
+    broken = tuple(
+        replace(metric, missing="no file" if metric.name == "ssim" else metric.missing) for metric in report.metrics
+    )
+    second = replace(with_images(report, {**values, "mse": (None, *values["mse"][1:])}), metrics=broken)
+    assert compare_reports(first, second)[0].failures == ()
+    assert compare_reports(first, second, fail_above=0.05)[0].failures == (
+        "ssim is lost: no file",
+        "mse is lost: 1 of 5 images have no value any more",
+    )
+    unasked = replace(first, metrics=report.metrics[:2])
+    assert compare_reports(first, unasked, fail_above=0.05)[0].failures == ("ssim is lost: not asked for",)
+    assert compare_reports(unasked, first, fail_above=0.05)[0].failures == ()
+
+
+def test_image_that_became_perfect_is_not_lost_but_all_of_them_are(report: Report) -> None:
+    first = with_images(report, {"psnr_db": (20.0, 21.0)})
+    perfect = with_images(report, {"psnr_db": (None, 21.0)})
+    assert compare_reports(first, perfect, fail_above=0.05)[0].failures == ()
+    gone = with_images(report, {"psnr_db": (None, None)})
+    assert compare_reports(first, gone, fail_above=0.05)[0].failures == (
+        "psnr_db is lost: 2 of 2 images have no value any more",
+    )
 
 
 def test_few_calls_tell_nothing(report: Report) -> None:
@@ -135,6 +329,8 @@ def test_notes_tell_what_is_unstable_or_not_compared(report: Report) -> None:
     ]
     others = replace(steady, settings=replace(steady.settings, image_names=("other",)))
     assert notes_of_pair(steady, others) == ["quality is not compared: the reports are of different images"]
+    pair = replace(steady, settings=replace(steady.settings, image_count=4))
+    assert notes_of_pair(pair, pair) == ["no quality is called worse: of fewer than 5 images one cannot tell"]
 
 
 def test_missing_rows_fail_and_new_ones_do_not(report: Report) -> None:
@@ -163,6 +359,63 @@ def test_unlike_reports_are_refused_unless_allowed(report: Report) -> None:
     with pytest.raises(ReportError, match=r"not alike: cpu Some CPU and Another CPU; .*--allow-different-environments"):
         compare_reports(report, other)
     assert len(compare_reports(report, other, different_allowed=True)) == 30
+
+
+def gpu(driver: str) -> GpuFacts:
+    return GpuFacts(
+        name="Some GPU",
+        driver=driver,
+        memory_bytes=2**30,
+        max_sm_mhz=1000,
+        max_memory_mhz=1000,
+        power_limit_w=100.0,
+        persistent=True,
+    )
+
+
+def test_directory_of_the_bundle_may_have_another_name(report: Report) -> None:
+    assert unlike_environments(report, replace(report, bundle=replace(report.bundle, name="renamed"))) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Linux-6.1.0-13-amd64-x86_64-with-glibc2.36", "Linux-6.1.0-18-amd64-x86_64-with-glibc2.36"),
+        ("Linux-6.18.44-fc-v657-x86_64-with-glibc2.36", "Linux-6.18.45-fc-v660-x86_64-with-glibc2.36"),
+        ("macOS-14.1-arm64-arm-64bit", "macOS-14.1.2-arm64-arm-64bit"),
+    ],
+)
+def test_other_build_of_the_system_is_noted(report: Report, first: str, second: str) -> None:
+    pair = [replace(report, environment=replace(report.environment, platform=name)) for name in (first, second)]
+    assert unlike_environments(*pair) == []
+    assert f"platform {first} and {second}" in notes_of_pair(pair[0], pair[1])
+
+
+@pytest.mark.parametrize("other", ["Linux-6.2.0-13-x86_64", "Linux-6.1.0-aarch64", "Windows-10-10.0.19045-SP0"])
+def test_other_systems_are_refused(report: Report, other: str) -> None:
+    second = replace(report, environment=replace(report.environment, platform=other))
+    with pytest.raises(ReportError, match="not alike: platform Linux-6.1 x86_64 and "):
+        compare_reports(report, second)
+    assert notes_of_pair(report, second)[0].startswith("compared all the same, though not alike: platform ")
+
+
+def test_other_patch_level_of_the_driver_is_noted_and_another_branch_refused(report: Report) -> None:
+    first, patched, other = (
+        replace(report, environment=replace(report.environment, gpus=(gpu(driver), gpu(driver))))
+        for driver in ("550.54.14", "550.90.07", "560.35.03")
+    )
+    assert unlike_environments(first, patched) == []
+    assert notes_of_pair(first, patched).count("GPU driver 550.54.14 and 550.90.07") == 1
+    assert "driver 550" in unlike_environments(first, other)[0]
+    assert unlike_environments(first, report)[0].endswith(" and none")
+
+
+def test_reports_that_are_stored_can_be_compared() -> None:
+    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("demo-*.json")):
+        stored = read_report(path)
+        cells = compare_reports(stored, stored, fail_above=0.05)
+        assert cells
+        assert not any(cell.failures for cell in cells)
 
 
 def test_reports_of_other_configurations_are_refused(report: Report) -> None:
@@ -196,8 +449,15 @@ def test_text_has_a_line_per_cell_and_says_what_failed(report: Report) -> None:
     cells = compare_reports(report, slow_down(report, 3, 1.08), fail_above=0.05)
     lines = format_comparison(cells, report.metrics).splitlines()
     assert lines[0].split("  ")[0] == "configuration"
-    assert lines[16].startswith("openvino                     1      2.13       2.30   1.080 (1.066 to 1.096) ")
+    assert lines[16].startswith("openvino                     1      2.13       2.30   1.080 (1.067 to 1.095) ")
     assert lines[16].endswith("slower")
     assert lines[31] == "* of the ratios to torch, measured in the same rounds of each report"
-    assert lines[32] == "FAIL openvino, 1 step: 8.0% slower, allowed are 5.0%"
-    assert len(lines) == 37
+    assert lines[32] == (
+        "UNCLEAR 3 rows, neither passed nor failed: its times are unstable in both reports; "
+        "measure again, or both with --against torch"
+    )
+    assert lines[33].startswith(
+        "UNCLEAR 1 row, neither passed nor failed: the interval of the ratio reaches past 5.0%;"
+    )
+    assert lines[34] == "FAIL openvino, 1 step: 8.0% slower, allowed are 5.0%"
+    assert len(lines) == 39

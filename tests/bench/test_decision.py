@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from restyle_deploy.bench.decision import decide, deployment_of, judging_metric
+from restyle_deploy.bench.decision import LEAST_CALLS, decide, deployment_of, judging_metric, upper_p95_ms
 from restyle_deploy.bench.figures import MetricFacts
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Decision, Report, Row
 from restyle_deploy.bundle import Bundle
@@ -161,17 +161,61 @@ def test_failed_configurations_are_no_candidates(report: Report) -> None:
 
 def test_reason_names_the_fastest_where_the_budget_is_too_small(make: Make) -> None:
     decision = decide(make((FAST, [row(5, 15)])), budget_ms=1, minimums={})
-    assert decision.reason.endswith(f"the fastest row is {FAST.name} with 1 step, p95 5 ms")
+    assert decision.reason.endswith(
+        f"the fastest row is {FAST.name} with 1 step: 5 ms, the slowest of 20 calls (a bound of the p95 takes 59)"
+    )
 
 
 def test_reason_says_what_was_chosen_and_for_what(make: Make) -> None:
     steady = row(5, 15)
     assert decide(make((FAST, [steady])), budget_ms=10, minimums={"psnr_db": 12}).reason == (
         f"{FAST.name} with 1 step: p95 5 ms, 200 images/s, PSNR (dB) 15.00 dB; chosen of 1 row for "
-        "10 ms (95th percentile of a call) and PSNR (dB) at least 12 dB"
+        "10 ms (95th percentile of a call) and PSNR (dB) at least 12 dB; the budget is met by 5 ms, the slowest of "
+        "20 calls (a bound of the p95 takes 59)"
     )
     shaky = replace(steady, latency=replace(steady.latency, unstable=True, reason="a busy machine"))
     assert decide(make((FAST, [shaky])), budget_ms=10, minimums={}).reason.endswith("is unstable: measure again")
+
+
+def timed(*samples_ms: float) -> Row:
+    """Return a row of these calls, with their p95 as the report has it."""
+    steady = row(5, 18)
+    p95_ms = float(np.percentile(samples_ms, 95))
+    return replace(steady, latency=replace(steady.latency, samples_ms=samples_ms, p95_ms=p95_ms))
+
+
+def test_budget_is_held_against_the_upper_bound_of_the_percentile(make: Make) -> None:
+    few, many = timed(*[5.0] * 19, 9.0), timed(*[5.0] * 93, *[6.0] * 5, 8.0, 50.0)
+    assert few.latency.p95_ms < 6
+    assert chosen(make((FAST, [few])), budget_ms=8) == (None, None)
+    assert chosen(make((FAST, [few])), budget_ms=9) == (FAST.name, 1)
+    assert chosen(make((FAST, [many])), budget_ms=7) == (None, None)
+    decision = decide(make((FAST, [many])), budget_ms=8, minimums={})
+    assert decision.reason.endswith(
+        "; the budget is met by 8 ms, the upper bound of the p95 by 100 calls (95% confidence)"
+    )
+
+
+def test_upper_bound_is_above_the_percentile_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    true_ms = float(-np.log(0.05))
+    for calls, least in ((20, 0.60), (LEAST_CALLS, 0.94), (200, 0.94)):
+        draws = generator.exponential(size=(1000, calls))
+        assert least <= np.mean([upper_p95_ms(samples.tolist()) >= true_ms for samples in draws]) <= 0.98
+    assert upper_p95_ms([1.0] * 20_000 + [2.0] * 500) == 1.0
+
+
+def test_reason_doubts_a_percentile_of_few_calls_and_the_quality_of_few_images(make: Make) -> None:
+    report = make((FAST, [timed(5.0, 5.0, 6.0)]))
+    assert decide(report, budget_ms=None, minimums={}).reason.endswith(
+        "; 3 calls tell no 95th percentile (20 at least)"
+    )
+    report = replace(report, settings=replace(report.settings, image_count=4))
+    assert decide(report, budget_ms=6, minimums={}).reason.endswith(
+        "; the budget is met by 6 ms, the slowest of 3 calls (a bound of the p95 takes 59); "
+        "means decide: fewer than 5 images do not tell rows apart"
+    )
+    assert "6 ms, the only call" in decide(make((FAST, [timed(6.0)])), budget_ms=6, minimums={}).reason
 
 
 def test_first_metric_that_was_measured_judges_unless_a_minimum_names_one() -> None:

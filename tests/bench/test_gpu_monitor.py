@@ -1,3 +1,4 @@
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -129,6 +130,38 @@ def test_missing_driver_is_told(install: Install, monkeypatch: pytest.MonkeyPatc
 def test_all_gpus_are_listed(install: Install) -> None:
     nvml = install(FIRST, SECOND)
     assert [gpu.name for gpu in list_gpus()] == [f"GPU at {FIRST}", f"GPU at {SECOND}"]
+    assert nvml.opened == 0
+
+
+@pytest.mark.parametrize("question", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName"])
+def test_a_lost_gpu_does_not_hide_the_others(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, question: str
+) -> None:
+    nvml = install(FIRST, SECOND)
+    answer = getattr(nvml, question)
+
+    def answer_for_one(gpu: Any) -> Any:
+        if gpu in (0, FIRST):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return answer(gpu)
+
+    monkeypatch.setattr(nvml, question, answer_for_one)
+    assert [gpu.name for gpu in list_gpus()] == [f"GPU at {SECOND}"]
+    assert re.search(r"GPU 0 of NVML is not described: .*lost", caplog.text, re.IGNORECASE)
+    assert nvml.opened == 0
+
+
+def test_a_driver_that_cannot_count_its_gpus_lists_none(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvml = install(FIRST)
+
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetCount", fail)
+    assert list_gpus() == ()
+    assert "NVML does not count them" in caplog.text
     assert nvml.opened == 0
 
 

@@ -35,7 +35,7 @@ OPTIONS = MetricOptions(
 @pytest.mark.parametrize("options", [MetricOptions(), OPTIONS, None])
 def test_what_is_written_is_read(tmp_path: Path, options: MetricOptions | None) -> None:
     metrics = None if options is None else plain_metric_options(options)
-    job = make_job(metrics=metrics, against="torch", load_shares=(0.5, 0.9))
+    job = make_job(metrics=metrics, against="torch", load_shares=(0.5, 0.9), load_rates=(12.0,))
     write_job(job, tmp_path / "one.job")
     found = read_job(tmp_path / "one.job")
     assert found == job
@@ -60,6 +60,7 @@ def test_incomplete_job_is_named(tmp_path: Path) -> None:
         {"metrics": None},
         {"against": "torch"},
         {"load_shares": (0.5,)},
+        {"load_rates": (0.5,)},
     ],
 )
 def test_results_of_another_job_have_another_key(change: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from restyle_deploy.bench.load import draw_arrivals, measure_load, rates_from_latency
+from restyle_deploy.bench.load import draw_arrivals, measure_load, rates_from_samples, sustained_rate
 from tests.bench.fakes import FakeClock
 
 
@@ -84,8 +84,20 @@ def test_waiting_sleeps_first_and_asks_the_time_at_the_end() -> None:
     assert 0.0 in clock.slept_s
 
 
-def test_rates_are_shares_of_what_fits_into_a_second() -> None:
-    assert rates_from_latency(20, (0.5, 0.9)) == (25, 45)
+def test_rates_are_shares_of_what_is_done_in_a_second() -> None:
+    assert rates_from_samples((20, 20), (0.5, 0.9)) == (25, 45)
+
+
+def test_a_slow_call_counts_for_the_rate_that_is_kept_up() -> None:
+    """Nine calls of 10 ms and one of 110 ms take 200 ms: 50 a second, where the median alone tells of 100."""
+    samples_ms = [*[10.0] * 9, 110.0]
+    assert sustained_rate(samples_ms) == pytest.approx(50)
+    clock = FakeClock()
+    (rate,) = rates_from_samples(samples_ms, (0.9,))
+    call = clock.call_taking(*samples_ms * 200)
+    point = measure_load(call, rate_per_s=rate, seconds=40, clock=clock, sleep=clock.sleep)
+    assert rate == pytest.approx(45)
+    assert point.dropped == 0
 
 
 def test_real_clock_and_sleep_are_the_default() -> None:

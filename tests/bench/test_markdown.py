@@ -14,7 +14,7 @@ def test_decision_and_front_stand_open_and_the_rest_is_folded(report: Report) ->
         ["| openvino", "10"],
         ["| openvino, bf16", "1"],
     ]
-    assert "Points that none beats in latency, images per second and quality together:" in head
+    assert "The front, beaten by no row in latency, images per second and quality together:" in head
     assert "reference/this" not in head
     assert "reference/this" in folded
     assert folded.count("<details>") == folded.count("</details>") - 1
@@ -27,6 +27,18 @@ def test_short_table_stands_open(report: Report) -> None:
     text = markdown_from_report(short)
     assert text.count("<details>") == 1
     assert text.count("\n| onnxruntime |") == 5
+    assert "front" not in text
+
+
+def test_front_is_marked_in_a_short_table_too(report: Report) -> None:
+    text = markdown_from_report(replace(report, configurations=report.configurations[3:5]))
+    assert [line.split(" | ")[:2] for line in text.splitlines() if line.endswith("| yes |")] == [
+        ["| openvino", "3"],
+        ["| openvino", "5"],
+        ["| openvino", "10"],
+        ["| openvino, bf16", "1"],
+    ]
+    assert "front: beaten by no row in latency, images per second and quality together." in text
 
 
 def test_all_rows_of_a_table_have_as_many_cells(report: Report) -> None:

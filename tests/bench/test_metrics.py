@@ -3,6 +3,8 @@
 import logging
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,15 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
-from restyle_deploy.bench.metrics import METRICS, MetricOptions, open_metrics
+from restyle_deploy.bench.metrics import METRICS, MetricOptions, open_metrics, table
+from restyle_deploy.bench.metrics.base import Gauge, Metric
 from restyle_deploy.bench.metrics.dlib_descriptor import open_dlib
 from restyle_deploy.bench.metrics.identity import open_identity
 from restyle_deploy.bench.metrics.perceptual import open_lpips
 from restyle_deploy.bench.metrics.pixels import measure_l2, measure_mse, measure_psnr
 from restyle_deploy.bench.metrics.structure import measure_ms_ssim, measure_ssim
 from restyle_deploy.bench.metrics.table import MAX_BATCH
+from restyle_deploy.errors import MetricError
 
 SHAPE = (16, 24)
 PIXELS = MetricOptions(names=("mse", "l2", "psnr_db", "ssim"))
@@ -123,6 +127,80 @@ def test_a_model_that_takes_one_image_without_saying_so_is_found_at_opening(tmp_
     with open_metrics(MetricOptions(names=("mse", "identity"), identity_model=file), SHAPE) as metrics:
         assert "its first output is [1, 6] for 2 images" in metrics.missing["identity"]
         assert set(metrics.measure(random_images(3), random_images(3))) == {"mse"}
+
+
+class FailingGauges:
+    """Stands for the table's openers; a gauge fails from a count of its calls on, or at once at its opening.
+
+    Attributes:
+        failures: by metric name: how many calls go well, and what is raised then.
+        calls: of each metric.
+    """
+
+    def __init__(self) -> None:
+        self.failures: dict[str, tuple[int, Exception]] = {}
+        self.calls: Counter[str] = Counter()
+
+    def opener(self, metric: Metric) -> Callable[[MetricOptions, tuple[int, int]], Gauge]:
+        def measure(images: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+            self.calls[metric.name] += 1
+            good, error = self.failures.get(metric.name, (self.calls[metric.name], RuntimeError()))
+            if self.calls[metric.name] > good:
+                raise error
+            return np.zeros(len(images))
+
+        return lambda options, shape: Gauge(metric=metric, measure=measure)
+
+
+@pytest.fixture
+def gauges(monkeypatch: pytest.MonkeyPatch) -> FailingGauges:
+    """Let made-up gauges stand for all metrics."""
+    fake = FailingGauges()
+    monkeypatch.setattr(table, "_TABLE", tuple((metric, fake.opener(metric)) for metric in METRICS))
+    return fake
+
+
+PROBES = 2  # calls of each gauge at the opening
+LIBRARY_ERRORS = [
+    (MetricError("face.onnx: cannot run it"), "face.onnx: cannot run it"),
+    (RuntimeError("CUDA error: no kernel image\nmore"), "RuntimeError: CUDA error: no kernel image"),
+    (MemoryError(), "MemoryError: MemoryError"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), LIBRARY_ERRORS)
+def test_a_metric_that_fails_on_real_images_is_dropped_and_the_others_go_on(
+    gauges: FailingGauges, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
+) -> None:
+    gauges.failures["lpips"] = (PROBES + 1, error)  # the first batch goes well
+    images = random_images(MAX_BATCH + 1)
+    with open_metrics(MetricOptions(names=("mse", "lpips", "dlib")), SHAPE) as metrics:
+        assert [metric.name for metric in metrics.available] == ["mse", "lpips", "dlib"]
+        for _ in range(2):
+            assert set(metrics.measure(images, images)) == {"mse", "dlib"}
+        assert [metric.name for metric in metrics.available] == ["mse", "dlib"]
+        assert metrics.missing == {"lpips": f"it failed while it measured: {reason}"}
+        assert [(fact.name, fact.missing) for fact in metrics.facts] == [
+            ("mse", None),
+            ("lpips", metrics.missing["lpips"]),
+            ("dlib", None),
+        ]
+    assert (gauges.calls["lpips"], gauges.calls["dlib"]) == (PROBES + 2, PROBES + 4)
+    assert "LPIPS is measured no more" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "reason"), LIBRARY_ERRORS)
+def test_a_metric_that_fails_at_opening_is_missing(gauges: FailingGauges, error: Exception, reason: str) -> None:
+    gauges.failures["ssim"] = (0, error)
+    with open_metrics(MetricOptions(names=("mse", "ssim")), SHAPE) as metrics:
+        assert (metrics.missing, [metric.name for metric in metrics.available]) == ({"ssim": reason}, ["mse"])
+
+
+@pytest.mark.parametrize("good_calls", [0, PROBES])
+def test_bugs_in_a_metric_pass_through(gauges: FailingGauges, good_calls: int) -> None:
+    gauges.failures["ssim"] = (good_calls, TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"), open_metrics(MetricOptions(names=("ssim",)), SHAPE) as metrics:
+        metrics.measure(random_images(1), random_images(1))
 
 
 def test_many_images_are_measured_as_each_one() -> None:

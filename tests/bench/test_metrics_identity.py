@@ -1,5 +1,6 @@
 """Identity similarity with tiny ONNX models whose embedding is the mean of each channel of what they are given."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -244,3 +245,18 @@ def test_missing_onnxruntime_is_told_with_the_command(tmp_path: Path, monkeypatc
 def test_the_source_names_the_model(tmp_path: Path) -> None:
     gauge = open_identity(MetricOptions(identity_model=write_model(tmp_path / "face.onnx")), SHAPE)
     assert "model face.onnx, SHA-256 " in gauge.metric.source
+
+
+def test_all_that_figures_depend_on_is_recorded(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "face.onnx")
+    options = MetricOptions(identity_model=file, identity_channels="bgr", identity_crop=(0, 0, 0.5, 1))
+    found = open_identity(options, SHAPE).metric.depends_on
+    assert found == {
+        "model_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "size": [8, 8],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop": [0, 0, 0.5, 1],
+        "channels": "bgr",
+    }
+    assert json.loads(json.dumps(found)) == found

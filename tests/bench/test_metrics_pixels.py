@@ -1,10 +1,13 @@
 """MSE, L2, PSNR and both structural similarities, against direct formulas and other libraries."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -15,6 +18,7 @@ from restyle_deploy.bench.metrics.structure import (
     measure_ms_ssim,
     measure_ssim,
 )
+from restyle_deploy.runtime.images import load_image, normalize_images, pool_images, resize_image
 
 Array = NDArray[np.float64]
 TAPS = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
@@ -109,6 +113,23 @@ def test_l2_of_the_target_itself_is_half_a_level_at_most() -> None:
     levels = np.arange(256, dtype=np.float32) / 127.5 - 1
     target = np.broadcast_to(levels.reshape(1, 1, 16, 16), (1, 3, 16, 16)).astype(np.float32)
     assert measure_l2(target, target)[0] <= (1 / 127.5) ** 2
+
+
+@pytest.mark.parametrize(
+    ("side", "blur", "l2", "ratio"), [(256, 3, 0.038, 1.0), (1024, 12, 0.03, 1.01), (1024, 4, 0.004, 1.12)]
+)
+def test_l2_is_near_that_of_the_full_picture_reduced_by_pillow(
+    project_root: Path, side: int, blur: int, l2: float, ratio: float
+) -> None:
+    """Upstream's figure, as `measure_l2` tells of it: the same at 256 px, a little more of larger pictures."""
+    photo = Image.fromarray(load_image(project_root / "examples/photos/grace-hopper.png")).resize((side, side))
+    saved = np.asarray(photo.filter(ImageFilter.GaussianBlur(blur)))
+    target = normalize_images(resize_image(np.asarray(photo), (256, 256))[None])
+    upstream = measure_mse(normalize_images(resize_image(saved, (256, 256))[None]), target)[0]
+    rendered = ((saved.transpose(2, 0, 1)[None] + 0.5) / 127.5 - 1).astype(np.float32)  # truncated, it is what is saved
+    own = measure_l2(pool_images(rendered, (256, 256)), target)[0]
+    assert own == pytest.approx(l2, rel=0.1)
+    assert upstream / own == pytest.approx(ratio, abs=0.005)
 
 
 def test_equal_images_have_an_infinite_psnr() -> None:

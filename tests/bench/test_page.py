@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from restyle_deploy.bench import page_images
 from restyle_deploy.bench.page import write_page
 from restyle_deploy.bench.page_images import difference_map
 from restyle_deploy.bench.report import ConfigurationResult, Report, write_report
@@ -55,7 +56,7 @@ def test_page_is_whole_and_fetches_nothing(report: Report, tmp_path: Path) -> No
     write_made_up_images(tmp_path, report)
     elements = Elements(page_of(report, tmp_path)).found
     sources = [value for _, attributes in elements for key, value in attributes.items() if key in ("src", "href")]
-    assert len(sources) > 100
+    assert len(sources) > 60
     assert all(value is not None and value.startswith("data:") for value in sources)
     policy = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
     assert policy is not None
@@ -71,19 +72,78 @@ def test_chart_has_every_point_and_metric(report: Report, tmp_path: Path) -> Non
     point = data["series"][0]["points"][1]
     assert (point["steps"], point["median"], point["p95"]) == (2, row.latency.median_ms, row.latency.p95_ms)
     quality = row.quality["ssim"]
-    assert point["quality"]["ssim"] == [quality.mean, quality.low, quality.high]
+    assert point["quality"]["ssim"] == {
+        name: getattr(quality, name) for name in ("mean", "low", "high", "median", "p5", "p95")
+    }
+    assert (point["p90"], point["p99"], point["iqr"]) == (row.latency.p90_ms, row.latency.p99_ms, row.latency.iqr_ms)
+    assert point["bound"] == max(row.latency.samples_ms)
+    samples = row.latency.samples_ms
+    assert point["throughput"] == pytest.approx(1e3 * len(samples) / sum(samples))
     assert data["series"][5]["points"][1]["unstable"] == "the interquartile range is above 10% of the median"
     assert data["decision"] == {"name": "openvino-cpu-fp32-engine-b1", "steps": 5, "budget": 20.0}
     assert data["logarithmic"] is True
+
+
+def test_front_is_the_decisions_and_of_the_metric_that_it_was_judged_by(report: Report, tmp_path: Path) -> None:
+    assert report.decision is not None
+    page = page_of(report, tmp_path)
+    assert data_in(page)["front"] == {"metric": "ssim", "points": sorted(map(list, report.decision.pareto))}
+    assert "Ringed, for SSIM: the front, beaten by no row in latency, images per second and quality together." in page
+    results = page.split('id="results"')[1].split("</section>")[0]
+    assert results.count('<tr class="front">') == 3
+    assert results.count('<tr class="front chosen">') == 1
+    assert results.count(">yes</td>") == 4
+    without = page_of(replace(report, decision=None), tmp_path)
+    assert data_in(without)["front"] is None
+    assert "Ringed" not in without
+    assert 'class="front"' not in without
+
+
+def rows_in(page: str, section: str) -> list[list[str]]:
+    """Return the cells' texts of a section's table."""
+    body = page.split(f'id="{section}"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+
+
+def test_all_figures_of_the_latencies_are_told(report: Report, tmp_path: Path) -> None:
+    rows = rows_in(page_of(report, tmp_path), "latency-details")
+    lines = series_of(report)
+    assert [row[0] for row in rows] == [line.label for line in lines for _ in line.points]
+    latency = report.configurations[0].rows[2].latency
+    bound_ms = max(latency.samples_ms)  # twenty calls have no better one
+    times = (latency.median_ms, latency.p90_ms, latency.p95_ms, bound_ms, latency.p99_ms, latency.iqr_ms)
+    assert rows[2][1:] == ["3", *(f"{time:.2f}" for time in times), f"{latency.first_call_ms:.2f}", "20"]
+
+
+def test_gains_are_told_of_a_step_and_where_they_become_losses(report: Report, tmp_path: Path) -> None:
+    first = report.configurations[0]
+    gains = tuple(
+        replace(gain, gain=-0.05, low=-0.06, high=-0.04) if (gain.metric, gain.from_steps) == ("ssim", 5) else gain
+        for gain in first.gains
+    )
+    rows = rows_in(page_of(replace(report, configurations=(replace(first, gains=gains),)), tmp_path), "gains")
+    assert [row[3:] for row in rows if row[1:3] == ["SSIM", "5 to 10"]] == [
+        ["-0.050", "-0.060", "-0.040", "-0.0100", "5", "5"]
+    ]
+    assert {row[-1] for row in rows if row[1] == "MSE"} == {"-"}
+
+
+def test_all_figures_of_the_metrics_are_told(report: Report, tmp_path: Path) -> None:
+    rows = rows_in(page_of(report, tmp_path), "quality-details")
+    assert len(rows) == 6 * 5 * 3
+    quality = report.configurations[0].rows[1].quality["psnr_db"]
+    figures = (quality.mean, quality.low, quality.high, quality.median, quality.p5, quality.p95)
+    assert rows[4] == ["onnxruntime", "2", "PSNR (dB)", *(f"{figure:.2f}" for figure in figures), "12"]
 
 
 def test_sections_say_everything_that_was_measured(report: Report, tmp_path: Path) -> None:
     page = page_of(report, tmp_path)
     sections = re.findall(r'<section id="([a-z-]+)">', page)
     assert sections == [
-        *("chart-section", "notes", "results", "stages", "load", "gains", "configurations", "metrics", "environment")
+        *("chart-section", "notes", "results", "latency-details", "quality-details", "stages", "load", "gains"),
+        *("configurations", "metrics", "environment"),
     ]
-    assert page.count('<tr class="chosen">') == 1
+    assert page.count('<tr class="front chosen">') == 1
     for words in ("<td", "412", "performance", "Wang et al. 2004", "Some CPU", "LPIPS (no weights of the backbone"):
         assert words in page
 
@@ -99,7 +159,10 @@ def test_empty_sections_are_left_out(report: Report, tmp_path: Path) -> None:
     )
     page = page_of(plain, tmp_path)
     sections = re.findall(r'<section id="([a-z-]+)">', page)
-    assert sections == ["chart-section", "results", "configurations", "metrics", "environment"]
+    assert sections == [
+        *("chart-section", "results", "latency-details", "quality-details"),
+        *("configurations", "metrics", "environment"),
+    ]
     assert '<div class="decision">' not in page
     assert data_in(page)["decision"] is None
 
@@ -135,7 +198,51 @@ def test_images_are_reduced_and_limited(report: Report, tmp_path: Path) -> None:
     page = page_of(report, tmp_path)
     assert page.count("<figure>") == 8 * 2
     assert page.count('class="picture"') == 8 * 2
-    assert len(page) < 3_000_000
+    assert len(page.split('id="images"')[1].split("</section>")[0]) < 3_000_000
+
+
+def shown_in(page: str) -> list[str]:
+    """Return the labels of the configurations whose images are shown."""
+    return re.findall(r"<summary>(.*?)</summary>", page.split('id="images"')[1].split("</section>")[0])
+
+
+def test_images_are_of_one_exact_configuration_and_each_approximate_one(report: Report, tmp_path: Path) -> None:
+    write_made_up_images(tmp_path, report)
+    page = page_of(report, tmp_path)
+    assert shown_in(page) == ["openvino", "openvino, bf16", "openvino, preview steps"]
+    assert "openvino stands for all exact configurations: they differ by rounding. Approximate: openvino, bf16;" in page
+    assert shown_in(page_of(replace(report, decision=None), tmp_path))[0] == "onnxruntime"
+
+
+def test_batches_of_an_approximate_configuration_are_shown_once(report: Report, tmp_path: Path) -> None:
+    first = report.configurations[4]
+    larger = [replace(first, configuration=replace(first.configuration, batch=batch)) for batch in (2, 4)]
+    more = replace(report, configurations=(*report.configurations, *larger))
+    write_made_up_images(tmp_path, more, count=1)
+    assert shown_in(page_of(more, tmp_path)) == ["openvino", "openvino, bf16", "openvino, preview steps"]
+
+
+def test_size_of_a_page_is_bounded(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dozen approximate configurations of noise, which no file format makes smaller."""
+    first = report.configurations[4]
+    configurations = [replace(first.configuration, batch=1, device=f"cuda:{index}") for index in range(12)]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for index in range(3):
+        for item in configurations:
+            write_step_images(tmp_path, item.name, f"image-{index}", noise, {1: noise // 2, 5: noise // 3})
+    many = replace(report, configurations=tuple(replace(first, configuration=item) for item in configurations))
+    whole = page_of(many, tmp_path)
+    assert whole.count("<h3>") == 36
+    most = len(whole.split('id="images"')[1]) // 2
+    monkeypatch.setattr(page_images, "MAX_BYTES", most)
+    page = page_of(many, tmp_path)
+    assert sum(map(len, re.findall(r"<h3>.*?</div>", page))) <= most
+    shown = page.count("<h3>")
+    assert 12 <= shown < 36
+    assert f"{36 - shown} more strips would make the page too large; their pictures are in images/." in page
+    assert page.count("<h3>image-0</h3>") == 12  # the first image of all comes first
+    monkeypatch.setattr(page_images, "MAX_BYTES", 1)
+    assert page_of(many, tmp_path).count("<h3>") == 1
 
 
 def test_pictures_of_a_former_run_are_not_shown_for_what_was_skipped(report: Report, tmp_path: Path) -> None:
@@ -163,7 +270,7 @@ def test_load_tells_of_how_many_calls_its_percentiles_are(report: Report, tmp_pa
 
 def test_damaged_image_is_named(report: Report, tmp_path: Path) -> None:
     write_made_up_images(tmp_path, report, count=1)
-    name = report.configurations[0].configuration.name
+    name = report.configurations[3].configuration.name
     (tmp_path / "images" / name / "portrait-00" / "step-2.png").write_bytes(b"no image")
     with pytest.raises(ReportError, match=r"step-2\.png: cannot be read as an image"):
         page_of(report, tmp_path)

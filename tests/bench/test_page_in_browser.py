@@ -21,6 +21,8 @@ from tests.bench.reports import made_up_report, write_made_up_images
 WIDTHS = {"phone": (375, 812), "desktop": (1280, 900)}
 # Points lie on one another where several lines meet; this one lies alone.
 LINE, STEPS = "onnxruntime-cpu-fp32-plain-b1", 3
+DECISION = made_up_report().decision
+FRONT = DECISION.pareto if DECISION is not None else ()
 
 pytestmark = pytest.mark.slow
 
@@ -95,10 +97,19 @@ def test_pointing_at_a_mark_shows_its_figures(shown: Chrome) -> None:
     lines = tip.text.splitlines()
     row = made_up_report().configurations[1].rows[2]
     assert lines[0] == "onnxruntime, plain: 3 steps"
-    assert lines[1] == f"{row.latency.median_ms:.2f} ms median, {row.latency.p95_ms:.2f} ms p95 of a call"
+    latency, mse = row.latency, row.quality["mse"]
+    assert lines[1] == f"{latency.median_ms:.2f} ms median of a call, IQR {latency.iqr_ms:.2f} ms"
+    bound = f"(bound {max(latency.samples_ms):.2f})"
+    assert lines[2] == f"p90 {latency.p90_ms:.2f}, p95 {latency.p95_ms:.2f} {bound}, p99 {latency.p99_ms:.2f} ms"
+    assert f"of the images: median {mse.median:.4f}, 5th {mse.p5:.4f}, 95th {mse.p95:.4f} percentile" in lines
     assert lines[-1].startswith(f"SSIM: {row.quality['ssim'].mean:.3f} (")
     inside = "const a = arguments[0].getBoundingClientRect(); return a.left >= 0 && a.right <= innerWidth && a.top >= 0"
     assert run(shown, inside, tip)
+    apart = (
+        "const [a, b] = [...arguments].map((item) => item.getBoundingClientRect());"
+        "return a.bottom < b.top || a.top > b.bottom || a.right < b.left || a.left > b.right"
+    )
+    assert run(shown, apart, tip, point_of(shown))
     point_at(shown, shown.find_element(By.TAG_NAME, "h1"))
     assert not tip.is_displayed()
 
@@ -152,6 +163,29 @@ def test_another_metric_and_another_latency_are_drawn(shown: Chrome) -> None:
     assert point_of(shown).get_attribute("transform") != before
     Select(shown.find_element(By.ID, "latency")).select_by_value("image")
     assert "latency per image, median, ms" in shown.find_element(By.ID, "chart").text
+
+
+def test_budget_is_drawn_where_it_is_held_against(shown: Chrome) -> None:
+    latency = Select(shown.find_element(By.ID, "latency"))
+    counts = {}
+    for value in ("median", "image", "p95"):
+        latency.select_by_value(value)
+        counts[value] = len(shown.find_elements(By.CSS_SELECTOR, "#chart .budget"))
+    assert counts == {"median": 0, "image": 0, "p95": 1}
+    assert "budget 20 ms" in shown.find_element(By.ID, "chart").text
+
+
+def test_front_is_ringed_for_the_metric_that_it_was_judged_by(shown: Chrome) -> None:
+    assert shown.find_elements(By.CSS_SELECTOR, "#chart .front") == []
+    Select(shown.find_element(By.ID, "metric")).select_by_value("ssim")
+    rings = shown.find_elements(By.CSS_SELECTOR, "#chart .front")
+    places = {(float(ring.get_attribute("cx") or 0), float(ring.get_attribute("cy") or 0)) for ring in rings}
+    expected = set()
+    for name, steps in FRONT:
+        place = point_of(shown, line=name, steps=steps).get_attribute("transform") or ""
+        x, y = place.removeprefix("translate(").removesuffix(")").split(",")
+        expected.add((float(x), float(y)))
+    assert {(round(x, 1), round(y, 1)) for x, y in places} == expected
 
 
 def test_tables_sort_by_figures_and_by_words(shown: Chrome) -> None:

@@ -6,7 +6,16 @@ from scipy import stats
 
 from restyle_deploy.bench.figures import Aggregate, Gain
 from restyle_deploy.bench.metrics import METRICS
-from restyle_deploy.bench.quality import aggregate, bootstrap_interval, gain_between, gains_of, settled_steps
+from restyle_deploy.bench.quality import (
+    LEAST_IMAGES,
+    aggregate,
+    bootstrap_interval,
+    gain_between,
+    gain_per_step,
+    gains_of,
+    settled_steps,
+    worsening_steps,
+)
 
 MSE, PSNR = METRICS[0], METRICS[2]
 NOTHING = Aggregate(mean=None, median=None, p5=None, p95=None, low=None, high=None, count=0)
@@ -22,12 +31,32 @@ def test_mean_and_percentiles_are_those_of_the_values() -> None:
     assert (found.mean, found.median, found.p5, found.p95, found.count) == (50, 50, 5, 95, 101)
 
 
-def test_interval_is_that_of_scipys_percentile_bootstrap() -> None:
-    values = np.random.default_rng(1).exponential(size=60)
+@pytest.mark.parametrize(("count", "tolerance"), [(5, 0.05), (8, 0.05), (60, 0.03)])
+def test_interval_is_scipys_percentile_bootstrap_widened_for_few_values(count: int, tolerance: float) -> None:
+    values = np.random.default_rng(1).exponential(size=count)
     expected = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
-    low, high = bootstrap_interval(values)
-    width = expected.high - expected.low
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=width / 30)
+    factor = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
+    mean = values.mean()
+    bounds = [mean + (bound - mean) * factor for bound in (expected.low, expected.high)]
+    assert bootstrap_interval(values) == pytest.approx(bounds, abs=tolerance * (bounds[1] - bounds[0]))
+
+
+@pytest.mark.parametrize(("law", "mean", "least"), [("normal", 0.0, 0.91), ("exponential", 1.0, 0.85)])
+@pytest.mark.parametrize("count", [LEAST_IMAGES, 8])
+def test_interval_holds_the_true_mean_nearly_as_often_as_it_says(
+    law: str, mean: float, least: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restyle_deploy.bench.quality.RESAMPLES", 500)
+    draws = getattr(np.random.default_rng(0), law)(size=(800, count))
+    intervals = [bootstrap_interval(values) for values in draws]
+    held = np.mean([low is not None and high is not None and low <= mean <= high for low, high in intervals])
+    assert least <= held <= 0.97
+
+
+@pytest.mark.parametrize("count", range(LEAST_IMAGES))
+def test_of_few_values_there_is_no_interval(count: int) -> None:
+    assert bootstrap_interval(np.arange(float(count))) == (None, None)
+    assert bootstrap_interval(np.arange(float(LEAST_IMAGES)))[0] is not None
 
 
 def test_interval_of_many_values_is_computed_in_pieces_and_that_of_the_normal_law() -> None:
@@ -38,7 +67,7 @@ def test_interval_of_many_values_is_computed_in_pieces_and_that_of_the_normal_la
 
 
 def test_the_same_values_and_seed_give_the_same_interval() -> None:
-    values = [0.1, 0.5, 0.2, 0.9]
+    values = [0.1, 0.5, 0.2, 0.9, 0.3]
     assert aggregate(values) == aggregate(values, seed=0)
     assert aggregate(values).low != aggregate(values, seed=1).low or aggregate(values).high != aggregate(values).low
 
@@ -62,9 +91,10 @@ def test_infinite_values_leave_the_figures_that_they_do_not_reach() -> None:
     assert aggregate([float("inf")] * 3).median is None
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+@given(st.lists(st.floats(-1e6, 1e6), min_size=LEAST_IMAGES, max_size=20))
 def test_figures_are_in_order(values: list[float]) -> None:
     found = aggregate(values)
+    assert found.mean is not None
     assert found.p5 is not None
     assert found.median is not None
     assert found.p95 is not None
@@ -72,7 +102,7 @@ def test_figures_are_in_order(values: list[float]) -> None:
     assert found.high is not None
     assert min(values) <= found.p5 <= found.median <= found.p95 <= max(values)
     rounding = 1e-9 * max(map(abs, values))
-    assert min(values) - rounding <= found.low <= found.high <= max(values) + rounding
+    assert found.low - rounding <= found.mean <= found.high + rounding
 
 
 @pytest.mark.parametrize(("metric", "expected"), [(MSE, -0.25), (PSNR, 0.25)])
@@ -113,7 +143,13 @@ def test_gains_are_between_neighbouring_step_counts_of_each_metric() -> None:
     assert [gain.gain for gain in gains] == pytest.approx([0.2, 0.1])
 
 
-def test_steps_are_settled_where_the_gain_is_first_below_the_width_of_its_interval() -> None:
+def test_gain_per_step_is_divided_by_the_steps_that_it_takes() -> None:
+    gain = Gain(metric="mse", from_steps=5, to_steps=10, gain=0.5, low=0.25, high=None)
+    assert gain_per_step(gain) == Gain(metric="mse", from_steps=5, to_steps=10, gain=0.1, low=0.05, high=None)
+    assert gain_per_step(made_up_gain(from_steps=1, gain=None)).gain is None
+
+
+def test_steps_are_settled_where_no_later_gain_is_above_the_width_of_its_interval() -> None:
     gains = [
         made_up_gain(from_steps=5, gain=0.01),
         made_up_gain(from_steps=1, gain=0.5),
@@ -124,3 +160,25 @@ def test_steps_are_settled_where_the_gain_is_first_below_the_width_of_its_interv
         made_up_gain(from_steps=2, gain=0.0, width=0.0, metric="psnr_db"),
     ]
     assert settled_steps(gains) == {"mse": 2, "lpips": 1, "psnr_db": 2}
+
+
+def test_steps_are_not_settled_before_a_later_gain_or_one_that_cannot_be_told() -> None:
+    later = [made_up_gain(from_steps=steps, gain=gain) for steps, gain in ((1, 0.05), (2, 0.5), (3, 0.02))]
+    assert settled_steps(later) == {"mse": 3}
+    assert settled_steps([*later, made_up_gain(from_steps=4, gain=0.5)]) == {}
+    assert settled_steps([*later, made_up_gain(from_steps=4, gain=None)]) == {}
+
+
+def worsening(*pairs: tuple[int, float], width: float = 0.1) -> dict[str, int]:
+    return worsening_steps([made_up_gain(from_steps=steps, gain=gain, width=width) for steps, gain in pairs], METRICS)
+
+
+def test_steps_are_told_from_which_on_more_make_it_worse() -> None:
+    assert worsening((1, 0.5), (2, 0.02), (3, -0.3), (5, 0.01)) == {"mse": 3}
+    assert worsening((1, 0.5), (2, -0.3), (3, -0.3)) == {"mse": 2}
+    assert worsening((1, 0.5), (2, -0.04)) == {}  # its interval holds 0
+    assert worsening((1, -0.5), (2, 0.3)) == {}
+    assert worsening((1, -0.5), (2, 0.3), (3, -0.3)) == {"mse": 3}
+    assert worsening((1, -1e-9), width=0.0) == {}  # nobody sees it
+    assert worsening_steps([made_up_gain(from_steps=1, gain=None)], METRICS) == {}
+    assert worsening_steps([made_up_gain(from_steps=1, gain=-1.0, metric="other")], METRICS) == {}

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from restyle_deploy.bench.metrics import MetricOptions
 from restyle_deploy.bench.report import Configuration, Report, read_report
-from restyle_deploy.bench.run import BenchInterruptedError, run_bench
+from restyle_deploy.bench.run import BenchInterruptedError, draw_report, run_bench
 from restyle_deploy.bench.schedule import BenchOptions
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.errors import BackendUnavailableError, ReportError
 from restyle_deploy.runtime.deployment import read_deployment
-from tests.bench.made_up import FakeProcesses, failed_part
+from tests.bench.made_up import FakeProcesses, failed_part, refuse_files_in
 from tests.bench.reports import METRICS
 
 ONE, TWO = (Configuration(backend=name, plan="plain") for name in ("onnxruntime", "openvino"))
@@ -81,6 +81,9 @@ def test_report_says_what_was_done(bench: Bench) -> None:
     assert (report.settings.steps, report.settings.repeats, report.settings.warmup) == ((1, 2), 20, 3)
     assert (report.settings.image_count, report.settings.image_names) == (3, ("photo0", "photo1", "photo2"))
     assert report.settings.time_budget_s == 900
+    assert report.settings.images_sha256 is not None
+    other = bench(ONE, images=[(name, image // 2) for name, image in named_images(3)])
+    assert other.settings.images_sha256 != report.settings.images_sha256 == bench(TWO).settings.images_sha256
     assert report.created.endswith("+00:00")
     assert [result.configuration for result in report.configurations] == [ONE, TWO]
     assert report.metrics == METRICS
@@ -219,6 +222,8 @@ def test_names_that_are_no_unique_files_are_refused(bench: Bench, names: tuple[s
         ),
         ({"minimums": {"ssim": math.nan}}, "a limit is no finite number"),
         ({"budget_ms": math.inf}, "a limit is no finite number"),
+        ({"load_shares": (0.5, 0.0)}, "each must be above 0"),
+        ({"load_rates": (math.inf,)}, "each must be above 0"),
         ({"against": "tensorflow"}, "against is 'tensorflow', expected one of torch"),
     ],
 )
@@ -237,6 +242,35 @@ def test_folder_that_cannot_be_written_is_named_before_the_work(
     with pytest.raises(ReportError, match="no folder that can be written to"):
         bench(output=tmp_path / "file" / "out")
     assert processes.jobs == []
+
+
+@pytest.mark.parametrize("place", [".", "cells"])
+def test_each_folder_is_written_to_before_the_work(
+    bench: Bench, processes: FakeProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """As the root user may write where the mode forbids it, the refusal is made up."""
+    refused = (tmp_path / "out" / place).resolve()
+    refuse_files_in(refused, monkeypatch)
+    with pytest.raises(ReportError, match=rf"{refused}: no folder that can be written to: Read-only file system"):
+        bench()
+    assert processes.jobs == []
+
+
+def test_report_is_drawn_anew_from_its_file_alone(bench: Bench, tmp_path: Path) -> None:
+    bench(ONE, TWO, budget_ms=1000.0)
+    drawn = {"report.html", "report.md", "quality-latency.png", "quality-latency.svg"}
+    path, output = tmp_path / "alone" / "report.json", tmp_path / "drawn"
+    path.parent.mkdir()
+    path.write_bytes((tmp_path / "out" / "report.json").read_bytes())
+    output.mkdir()
+    (output / "load.png").write_bytes(b"of a former report")
+    assert {file.name for file in draw_report(path, output)} == files_in(output) == drawn
+    assert (output / "report.md").read_text() == (tmp_path / "out" / "report.md").read_text()
+    assert "data:image/jpeg" not in (output / "report.html").read_text()
+    assert 'id="images"' not in (output / "report.html").read_text()
+    assert files_in(path.parent) == {"report.json"}
+    beside = draw_report(tmp_path / "out" / "report.json", output)
+    assert 'id="images"' in next(file for file in beside if file.name == "report.html").read_text()
 
 
 @pytest.mark.parametrize(("library", "options"), [("matplotlib", {}), ("torch", {"against": "torch"})])

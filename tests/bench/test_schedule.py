@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from restyle_deploy.bench import schedule
 from restyle_deploy.bench.metrics import MetricOptions
 from restyle_deploy.bench.report import Configuration, Part
 from restyle_deploy.bench.schedule import BenchOptions, Jobs, measure_all
@@ -155,6 +156,45 @@ def test_interruption_keeps_what_is_finished(measure: Measure, processes: FakePr
     assert processes.names == [ONE.name, TWO.name, TWO.name, THREE.name]
 
 
+def test_what_a_former_run_finished_is_reported_after_an_interruption(
+    measure: Measure, processes: FakeProcesses
+) -> None:
+    first, _ = measure(ONE, THREE)
+    processes.outcomes[TWO.name] = KeyboardInterrupt()
+    parts, is_interrupted = measure(ONE, TWO, THREE, replace(THREE, batch=2), resume=True)
+    assert is_interrupted
+    assert [part.result.status for part in parts] == ["ok", "skipped", "ok", "skipped"]
+    assert parts[2] == first[1]
+    assert parts[3].result.reason == "the bench was interrupted before"
+    parts, _ = measure(ONE, TWO, THREE)  # not asked to go on: what is there is another run's
+    assert statuses(parts) == [(ONE.name, "ok"), (TWO.name, "skipped"), (THREE.name, "skipped")]
+
+
+def test_parts_of_trees_with_other_changes_are_not_taken(
+    measure: Measure, processes: FakeProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "package" / "ops" / "one.py"
+    source.parent.mkdir(parents=True)
+    monkeypatch.setattr(schedule, "PACKAGE", tmp_path / "package")
+    changed = replace(made_up_environment(), commit="0123abcd-dirty")
+    counts: list[int] = []
+    for text in ("first", "first", "second"):
+        source.write_text(text)
+        (source.parent / "__pycache__").mkdir(exist_ok=True)
+        (source.parent / "__pycache__" / "one.pyc").write_text(f"{len(counts)}")
+        measure(ONE, resume=True, environment=changed)
+        counts.append(len(processes.jobs))
+    assert counts == [1, 1, 2]
+    source.rename(source.with_name("two.py"))
+    measure(ONE, resume=True, environment=changed)
+    assert len(processes.jobs) == 3
+
+
+def test_source_of_a_commit_is_not_read(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_hash_of_source", None)
+    measure(ONE, environment=replace(made_up_environment(), commit="0123abcd"))
+
+
 def test_time_budget_ends_the_bench(
     measure: Measure, processes: FakeProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,10 +233,11 @@ def test_damaged_engine_is_left_to_its_process(measure: Measure, processes: Fake
 
 def test_sweep_doubles_batches_until_nothing_grows(measure: Measure, processes: FakeProcesses) -> None:
     processes.images_per_s = {1: 100.0, 2: 180.0, 4: 181.0, 8: 182.0}
-    parts, _ = measure(ONE, sweeps=True, against="torch", load_shares=(0.5,))
+    parts, _ = measure(ONE, sweeps=True, against="torch", load_shares=(0.5,), load_rates=(12.0,))
     assert [part.result.configuration.batch for part in parts] == [1, 2, 4, 8]
     whole, *swept = processes.jobs
     assert (whole.steps, whole.against, whole.load_shares) == ((1, 2), "torch", (0.5,))
+    assert [job.load_rates for job in processes.jobs] == [(12.0,), (), (), ()]
     assert whole.metrics is not None
     for job in swept:
         assert (job.steps, job.metrics, job.against, job.load_shares, job.picture_count) == ((2,), None, None, (), 0)

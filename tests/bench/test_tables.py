@@ -1,7 +1,11 @@
 from dataclasses import replace
+from typing import Any
 
-from restyle_deploy.bench.report import Report
-from restyle_deploy.bench.tables import format_table, notes_of, table_of
+import pytest
+
+from restyle_deploy.bench.figures import Gain
+from restyle_deploy.bench.report import ConfigurationResult, Report
+from restyle_deploy.bench.tables import format_table, is_memory_short, notes_of, table_of
 
 
 def test_a_line_per_configuration_and_step_count(report: Report) -> None:
@@ -30,34 +34,97 @@ def test_a_line_per_configuration_and_step_count(report: Report) -> None:
 
 def test_compared_columns_are_filled_where_something_was_compared(report: Report) -> None:
     table = table_of(report)
-    assert table.headers[8:] == ("exact/this", "PSNR to exact (dB)", "latent error", "reference/this")
-    texts = [[cell.text for cell in row[8:]] for row in table.rows]
+    assert table.headers[8:-1] == ("exact/this", "PSNR to exact (dB)", "latent error", "reference/this")
+    texts = [[cell.text for cell in row[8:-1]] for row in table.rows]
     assert texts[0][:3] == ["-", "-", "-"]
     assert texts[0][3].startswith("8.0")
     assert texts[20][1:] == ["40.8", "1.0e-02", "-"]
 
 
-def test_batch_that_fills_the_device_is_noted(report: Report) -> None:
-    first = report.configurations[0]
+def test_front_is_the_decisions(report: Report) -> None:
+    assert report.decision is not None
+    table = table_of(report)
+    assert table.headers[-1] == "front"
+    marked = {key for key, row in zip(table.keys, table.rows, strict=True) if row[-1].text == "yes"}
+    assert marked == set(report.decision.pareto)
+    lines = format_table(report).splitlines()
+    assert sum(line.endswith("  yes") for line in lines) == len(marked)
+    assert "front: beaten by no row in latency, images per second and quality together" in lines
+    assert table_of(replace(report, decision=None)).headers[-1] == "reference/this"
 
-    def swept(speeds: tuple[float, ...]) -> list[str]:
-        results = tuple(
-            replace(
-                first,
-                configuration=replace(first.configuration, batch=2**index),
-                rows=(replace(first.rows[-1], throughput=speed),),
-                gains=(),
-                against=None,
-                settled_at_steps={},
-            )
-            for index, speed in enumerate(speeds)
-        )
+
+def swept(first: ConfigurationResult, *outcomes: float | str, **changes: Any) -> tuple[ConfigurationResult, ...]:
+    """Return a sweep's results: images per second of batch 1, 2 and so on, or why a batch failed."""
+    results = []
+    for index, outcome in enumerate(outcomes):
+        configuration = replace(first.configuration, batch=2**index, **changes)
+        if isinstance(outcome, str):
+            results.append(ConfigurationResult(configuration=configuration, status="failed", reason=outcome))
+            continue
+        quality = first.rows[-1].quality if index == 0 else {}
+        row = replace(first.rows[-1], throughput=outcome, quality=quality)
+        rest: dict[str, Any] = {"gains": (), "against": None, "settled_at_steps": {}}
+        results.append(replace(first, configuration=configuration, rows=(row,), **rest))
+    return tuple(results)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "it needed more memory than there is",
+        "the process was killed; most likely it needed more memory than there is",
+        "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+        "the process died (exit status 1): std::bad_alloc",
+        "cuda:0: 70.00 GiB asked for, 3.20 of 79.10 GiB are free (...); a smaller max_batch needs less",
+    ],
+)
+@pytest.mark.parametrize(("device", "place"), [("cpu", "host"), ("cuda:0", "device")])
+def test_batch_that_does_not_fit_is_noted(report: Report, reason: str, device: str, place: str) -> None:
+    results = swept(report.configurations[0], 100.0, 190.0, reason, device=device)
+    assert [is_memory_short(result) for result in results] == [False, False, True]
+    notes = notes_of(replace(report, configurations=results))
+    where = "onnxruntime, batch 2"
+    assert f"{where}: fills the {place}: batch 4 needs more memory than there is" in notes
+    assert f"onnxruntime, batch 4: failed: {reason}" in notes
+
+
+def test_batch_that_failed_for_another_reason_fills_nothing(report: Report) -> None:
+    results = swept(report.configurations[0], 100.0, 190.0, "BuildError: the profile ends at 2")
+    assert not is_memory_short(results[-1])
+    assert not [note for note in notes_of(replace(report, configurations=results)) if "fills" in note]
+
+
+def test_sweep_that_ended_at_its_largest_batch_is_noted(report: Report) -> None:
+    results = swept(report.configurations[0], 100.0, 190.0, 360.0)
+    (note,) = [note for note in notes_of(replace(report, configurations=results)) if "sweep" in note]
+    assert note == (
+        "onnxruntime, batch 4: the sweep ended here, at its largest batch, before images/s ceased to grow; "
+        "go on with --max-batch 8"
+    )
+    # Batches that were asked for are no sweep, and one that the time budget ended has a row that says so.
+    asked = [replace(result, rows=report.configurations[0].rows[-1:]) for result in results]
+    late = replace(results[-1].configuration, batch=8)
+    spent = (*results, ConfigurationResult(configuration=late, status="skipped", reason="the time budget was spent"))
+    for others in (tuple(asked), spent):
+        assert not [note for note in notes_of(replace(report, configurations=others)) if "sweep" in note]
+
+
+def test_metric_that_failed_in_one_configuration_is_noted(report: Report) -> None:
+    failed = replace(report.configurations[0], reason="LPIPS: it failed while it measured: RuntimeError: no kernel")
+    notes = notes_of(replace(report, configurations=(failed, *report.configurations[1:])))
+    assert "onnxruntime: LPIPS: it failed while it measured: RuntimeError: no kernel" in notes
+
+
+def test_batch_that_fills_the_device_is_noted(report: Report) -> None:
+    def fills(*speeds: float) -> list[str]:
+        results = swept(report.configurations[0], *speeds)
         return [note for note in notes_of(replace(report, configurations=results)) if "fills the device" in note]
 
-    assert swept((100.0, 180.0, 181.0, 182.0)) == [
+    assert fills(100.0, 180.0, 181.0, 182.0) == [
         "onnxruntime, batch 2: fills the device; larger batches bring less than 5% more images/s"
     ]
-    assert swept((100.0, 180.0, 250.0, 300.0)) == []
+    assert fills(100.0, 180.0, 250.0, 300.0) == []
 
 
 def test_columns_of_nothing_are_left_out(report: Report) -> None:
@@ -84,10 +151,24 @@ def test_text_names_what_is_unstable_failed_skipped_or_missing(report: Report) -
 
 def test_text_of_a_stable_report_is_the_table_alone(report: Report) -> None:
     first = replace(report.configurations[0], settled_at_steps={})
-    calm = replace(report, configurations=(first,), metrics=report.metrics[:1])
+    calm = replace(report, configurations=(first,), metrics=report.metrics[:1], decision=None)
     lines = format_table(calm).splitlines()
     assert len(lines) == 6
     assert lines[1].split()[:3] == ["onnxruntime", "1", "2.52"]
+
+
+def test_from_which_step_on_it_gets_worse(report: Report) -> None:
+    first = report.configurations[0]
+    signs = {"mse": (1, 1, 1, 1), "psnr_db": (1, 1, -1, -1), "ssim": (1, 1, -1, -1)}
+    gains = tuple(
+        Gain(metric=name, from_steps=from_steps, to_steps=to_steps, gain=sign * 0.5, low=sign * 0.5, high=sign * 0.5)
+        for name, row in signs.items()
+        for (from_steps, to_steps), sign in zip([(1, 2), (2, 3), (3, 5), (5, 10)], row, strict=True)
+    )
+    results = (replace(first, gains=gains, settled_at_steps={"psnr_db": 2, "ssim": 3}),)
+    notes = notes_of(replace(report, configurations=results))
+    assert "onnxruntime: more steps gain less than these images tell from 2 steps (PSNR (dB)) on" in notes
+    assert "onnxruntime: more steps make it worse from 3 steps (PSNR (dB)), 3 steps (SSIM) on" in notes
 
 
 def test_from_which_step_on_a_gain_cannot_be_told(report: Report) -> None:

@@ -4,16 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from restyle_deploy.bench.job import Job
 from restyle_deploy.bench.metrics import METRICS
-from restyle_deploy.bench.report import read_report
+from restyle_deploy.bench.report import Part, read_report
 from restyle_deploy.runtime.session import Session
-from tests.bench.made_up import FakeProcesses, failed_part
+from tests.bench.made_up import FakeProcesses, failed_part, refuse_files_in
+from tests.bench.test_metrics_identity import write_model
 from tests.cli.conftest import Run
 from tests.pictures import picture, write_bad_files
 
@@ -97,7 +100,8 @@ def test_options_reach_the_processes(
 ) -> None:
     (tmp_path / "face.onnx").write_bytes(b"model")
     options: list[object] = ["--backend", "openvino,onnxruntime", "--precision", "bf16", "--preview-steps"]
-    options += ["--threads", 2, "--repeats", 7, "--warmup", 4, "--strips", 1, "--load", "0.5,0.9", "--load-seconds", 3]
+    options += ["--threads", 2, "--repeats", 7, "--warmup", 4, "--strips", 1, "--load", "0.5,12/s,0.9"]
+    options += ["--load-seconds", 3]
     options += ["--identity-model", tmp_path / "face.onnx", "--identity-size", 112, 96, "--metrics", "mse,identity"]
     options += ["--time-budget", "2h", "--against", "torch", "--steps", "3,1"]
     assert run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options).exit_code == 0
@@ -108,7 +112,8 @@ def test_options_reach_the_processes(
     ]
     job = processes.jobs[0]
     assert (job.steps, job.repeats, job.warmup, job.picture_count) == ((1, 3), 7, 4, 1)
-    assert (job.load_shares, job.load_seconds, job.against) == ((0.5, 0.9), 3, "torch")
+    assert (job.load_shares, job.load_rates, job.load_seconds) == ((0.5, 0.9), (12,), 3)
+    assert job.against == "torch"
     options_of_metrics = job.metric_options
     assert options_of_metrics is not None
     assert options_of_metrics.names == ("mse", "identity")
@@ -138,6 +143,53 @@ def test_configuration_that_failed_is_exit_1(
     result = run("bench", toy_bundle, photos, "-o", tmp_path, "--backend", "onnxruntime,openvino")
     assert result.exit_code == 1
     assert "openvino: failed: it needed more memory than there is" in result.stdout
+
+
+BATCH_FOUR = "onnxruntime-cpu-fp32-plain-b4"
+
+
+def test_sweep_that_fills_the_memory_is_exit_0(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    processes.images_per_s = {1: 100.0, 2: 190.0}
+    processes.outcomes[BATCH_FOUR] = failed_part
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--sweep")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "\nonnxruntime, batch 2: fills the host: batch 4 needs more memory than there is\n" in result.stdout
+    assert "\nonnxruntime, batch 4: failed: it needed more memory than there is\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--sweep", "--batch", "1,4"), "it needed more memory than there is"), (("--sweep",), "BuildError: a bug")],
+)
+def test_batch_that_was_asked_for_or_fails_for_another_reason_is_exit_1(
+    run: Run,
+    processes: FakeProcesses,
+    toy_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    reason: str,
+) -> None:
+    def fail(job: Job, key: str) -> Part:
+        part = failed_part(job, key)
+        return replace(part, result=replace(part.result, reason=reason))
+
+    processes.images_per_s = {1: 100.0, 2: 190.0}
+    processes.outcomes[BATCH_FOUR] = fail
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, *options)
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
+def test_sweep_says_that_its_largest_batch_ended_it(
+    run: Run, processes: FakeProcesses, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    processes.images_per_s = {batch: 100.0 * batch for batch in (1, 2, 4)}
+    result = run("bench", toy_bundle, photos, "-o", tmp_path, "--sweep", "--max-batch", 4)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [job.configuration.batch for job in processes.jobs] == [1, 2, 4]
+    assert "onnxruntime, batch 4: the sweep ended here, at its largest batch, " in result.stdout
 
 
 def test_nothing_measured_is_one_line(
@@ -189,6 +241,40 @@ def test_folder_that_cannot_be_written_is_one_line(run: Run, toy_bundle: Path, p
     assert re.fullmatch(r"Error: .*file.*: no folder that can be written to: .*\n", result.stderr)
 
 
+def test_output_folder_itself_that_cannot_be_written_is_one_line(
+    run: Run,
+    processes: FakeProcesses,
+    toy_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_files_in(tmp_path / "out", monkeypatch)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*out: no folder that can be written to: Read-only file system\n", result.stderr)
+    assert processes.jobs == []
+
+
+def test_metric_model_of_the_wrong_shape_is_told_and_the_rest_goes_on(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "face.onnx", keepdims=1)
+    options = ("--warmup", 0, "--repeats", 2, "--threads", 1, "--steps", 1, "--identity-model", model)
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options, "--metrics", "mse,identity")
+    assert (result.exit_code, result.stderr) == (0, "")
+    reason = "not a face-embedding model: its first output is [1, 3, 1, 1] for 1 images; expected [1, D], D >= 2"
+    assert re.search(rf"Not shown: .*\({re.escape(str(model))}: {re.escape(reason)}", result.stdout)
+    report = read_report(tmp_path / "out" / "report.json")
+    assert [metric.name for metric in report.metrics if metric.missing is None] == ["mse"]
+    (row,) = report.configurations[0].rows
+    assert (set(row.quality), len(row.latency.samples_ms)) == ({"mse"}, 2)
+    wish = ("--min-quality", "identity=0.5")
+    result = run("bench", toy_bundle, photos, "-o", tmp_path / "out", *options, "--metrics", "mse,identity", *wish)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert f"nothing was chosen: metric identity was not measured: {model}: not a face-embedding" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("library", "extra", "options"), [("matplotlib", "bench", ()), ("torch", "export", ("--against", "torch"))]
 )
@@ -229,7 +315,13 @@ def test_help_names_every_metric(run: Run) -> None:
         (("--min-quality", "psnr_db=nan"), "no metric=value such as psnr_db=20"),
         (("--min-quality", "fid=3"), "no metric 'fid'; there are mse"),
         (("--metrics", "mse", "--min-quality", "ssim=0.5"), "--min-quality of ssim, which is not among --metrics"),
-        (("--load", "0.5,3"), "no list of shares"),
+        (("--load", "0.5,3"), "each above 0 and at most 2; calls per second are written as 12/s"),
+        (("--load", "0.5,0/s"), "a rate such as 12/s is above 0"),
+        (("--load", "1e9/s"), "at most 10000 calls per second"),
+        (("--load", "nan/s"), "a rate such as 12/s is above 0"),
+        (("--load", "ten/s"), "a rate such as 12/s is above 0"),
+        (("--load", "0.5,"), "no list of shares"),
+        (("--max-batch", "0"), "not in the range"),
         (("--time-budget", "soon"), "no time such as 90, 90s, 15m or 2h"),
         (("--time-budget", "0m"), "no time such as 90, 90s, 15m or 2h"),
         (("--budget-ms", "inf"), "not in the range"),

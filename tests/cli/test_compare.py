@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from restyle_deploy.bench.compare import USUAL_TOLERANCE
+from restyle_deploy.bench.quality import LEAST_IMAGES
 from restyle_deploy.bench.report import Report, write_report
+from restyle_deploy.bench.stability import LEAST_SAMPLES
 from tests.bench.reports import made_up_report
 from tests.cli.conftest import Run
 
@@ -72,3 +75,22 @@ def test_missing_report_is_named(run: Run, pair: tuple[Path, Path], tmp_path: Pa
     result = run("compare", tmp_path / "absent.json", pair[1])
     assert result.exit_code == 1
     assert "absent.json: cannot be read: No such file" in result.stderr
+
+
+def test_rows_of_which_nothing_can_be_said_are_told(run: Run, pair: tuple[Path, Path]) -> None:
+    result = run("compare", *pair, "--fail-above", "15%")
+    assert result.exit_code == 0
+    assert "UNCLEAR 3 rows, neither passed nor failed: its times are unstable in both reports" in result.stdout
+    cells = json.loads(run("compare", *pair, "--json").stdout)
+    assert [cell["doubt"] is not None for cell in cells] == [cell["verdict"] == "unclear" for cell in cells]
+
+
+def test_help_tells_verdicts_and_what_fails(run: Run) -> None:
+    text = " ".join(run("compare", "--help").stdout.split())
+    for words in (
+        f"all of it is within the tolerance (--fail-above, else {USUAL_TOLERANCE * 100:g} %)",
+        f"fewer than {LEAST_SAMPLES} calls",
+        "An unclear row does not fail, and has not passed",
+        f"Of fewer than {LEAST_IMAGES} images no quality is called worse",
+    ):
+        assert words in text

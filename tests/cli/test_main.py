@@ -49,7 +49,7 @@ def assert_one_line_error(result: Result, message: str) -> None:
 def test_every_command_shows_an_example_and_needs_no_library_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", HELP, ",".join(HEAVY)], capture_output=True, text=True, check=True)
     texts = dict(zip(COMMANDS, re.split(r"^# .*\n", done.stdout, flags=re.MULTILINE)[1:], strict=True))
-    assert set(texts) == {"export", "build", "invert", "bench", "compare", "verify", "inspect", "doctor"}
+    assert set(texts) == {"export", "build", "invert", "bench", "report", "compare", "verify", "inspect", "doctor"}
     for command, text in texts.items():
         assert f"Example: restyle-deploy {command}" in " ".join(text.split()), text
 

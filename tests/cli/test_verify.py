@@ -8,6 +8,7 @@ import pytest
 
 from restyle_deploy.bundle import EXPECTATION
 from restyle_deploy.cli.verify import _REFERENCES
+from restyle_deploy.verify import TOLERANCES
 from restyle_deploy.verify_reference import NO_REFERENCE, REFERENCES
 from tests.bundles import add_engine, replace_arrays
 from tests.cli.conftest import Run
@@ -73,6 +74,14 @@ def test_layer_of_a_fault_is_named(run: Run, toy_bundle: Path, tmp_path: Path) -
     assert re.search(r"the first that differs is that of decoder\.convs\.1\.conv \(Conv, ", result.stdout)
     assert re.fullmatch(r"Error: .*differs from the reference model; largest error per step.*\n", result.stderr)
     assert f"{bundle}: ok" not in result.stdout
+
+
+def test_help_has_the_tolerances_of_the_table_and_says_how_they_grow(run: Run) -> None:
+    text = " ".join(run("verify", "--help").stdout.split())
+    for precision, row in TOLERANCES.items():
+        assert f"{precision} latents {row.latents:g}, images {row.images:g}" in text
+    assert "Where the largest latent is beyond ±1, the tolerance of latents is multiplied by it" in text
+    assert "Fewer than the bundle has stored results of are raised to these." in text
 
 
 def test_references_are_those_that_there_are() -> None:

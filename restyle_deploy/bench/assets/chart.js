@@ -91,12 +91,12 @@
   };
 
   const drawBars = ({ line, point, x, y }, scales, name) => {
-    const [, low, high] = point.quality[name];
+    const { low, high } = point.quality[name];
     if (low !== null && high !== null)
       svg.append(element("line", { class: "bar", x1: x, x2: x, y1: scales.y.place(low), y2: scales.y.place(high) }));
-    if (latencyChoice.value === "p95") return;
     const share = latencyChoice.value === "image" ? line.batch : 1;
-    const [first, last] = point.quartiles.map((value) => scales.x.place(value / share));
+    const ends = latencyChoice.value === "p95" ? [point.p95, point.bound] : point.quartiles;
+    const [first, last] = ends.map((value) => scales.x.place(value / share));
     svg.append(element("line", { class: "bar", x1: first, x2: last, y1: y, y2: y }));
   };
 
@@ -123,14 +123,14 @@
     svg.append(group);
   };
 
-  /** Number the points that none beats; of close ones with the same number, the first. */
+  /** Number the points that are better than all faster ones; of close ones with the same number, the first. */
   const drawNumbers = (metric) => {
     const sign = metric.higher ? 1 : -1;
     const few = new Set(shown.map((item) => item.line)).size <= 2;
     const written = [];
     let best = -Infinity;
     for (const item of [...shown].sort((a, b) => a.x - b.x)) {
-      const value = sign * item.point.quality[metric.name][0];
+      const value = sign * item.point.quality[metric.name].mean;
       if (!few && value <= best) continue;
       best = Math.max(best, value);
       const isNear = (other) => Math.abs(other.x - item.x) < 26 && Math.abs(other.y - item.y) < 26;
@@ -146,12 +146,20 @@
     if (!decision) return;
     const chosen = shown.find(({ line, point }) => line.name === decision.name && point.steps === decision.steps);
     if (chosen) svg.append(element("circle", { class: "chosen", cx: chosen.x, cy: chosen.y, r: RADIUS * 2 }));
-    const budget = decision.budget;
-    if (budget === null || latencyChoice.value === "image" || budget < low || budget > high) return;
+    const budget = decision.budget; // of the p95: on another axis, the line would part other points than it does
+    if (budget === null || latencyChoice.value !== "p95" || budget < low || budget > high) return;
     const at = x.place(budget);
     svg.append(element("line", { class: "budget", x1: at, x2: at, y1: size.top, y2: size.bottom }));
     const side = at > (size.left + size.right) / 2 ? { x: at - 4, "text-anchor": "end" } : { x: at + 4 };
     svg.append(element("text", { ...side, y: size.top + 10 }, `budget ${budget} ms`));
+  };
+
+  /** Ring the points of the decision's front, where the chart is of the metric that it was judged by. */
+  const drawFront = (metric) => {
+    if (data.front?.metric !== metric.name) return;
+    for (const { line, point, x, y } of shown)
+      if (data.front.points.some(([name, steps]) => name === line.name && steps === point.steps))
+        svg.append(element("circle", { class: "front", cx: x, cy: y, r: RADIUS + 3 }));
   };
 
   const rangeOf = (values, isLog) => {
@@ -179,7 +187,9 @@
     }
     const metric = metricNow();
     const times = points.map(({ line, point }) => timeOf(line, point));
-    const bounds = points.flatMap(({ point }) => point.quality[metric.name].filter((value) => value !== null));
+    const bounds = points
+      .map(({ point }) => point.quality[metric.name])
+      .flatMap(({ mean, low, high }) => [mean, low ?? mean, high ?? mean]);
     const [low, high] = logChoice.checked ? rangeOf(times, true) : [0, 1.08 * Math.max(...times)];
     const x = makeScale(low, high, size.left, size.right, logChoice.checked, width < 500 ? 4 : 8);
     const y = makeScale(...rangeOf(bounds, false), size.bottom, size.top, false, 6);
@@ -187,10 +197,11 @@
       line,
       point,
       x: x.place(timeOf(line, point)),
-      y: y.place(point.quality[metric.name][0]),
+      y: y.place(point.quality[metric.name].mean),
     }));
     drawAxes(size, x, y, metric);
     for (const line of new Set(shown.map((item) => item.line))) drawLine(line, { x, y }, metric.name);
+    drawFront(metric);
     drawDecision(size, x, low, high);
     drawNumbers(metric);
   };
@@ -207,13 +218,19 @@
     current = index;
     const head = document.createElement("b");
     head.textContent = `${line.label}: ${point.steps} step${point.steps > 1 ? "s" : ""}`;
-    const rows = [`${digits(point.median)} ms median, ${digits(point.p95)} ms p95 of a call`];
-    if (point.throughput !== null) rows.push(`${digits(point.throughput)} images/s`);
+    const rows = [
+      `${digits(point.median)} ms median of a call, IQR ${digits(point.iqr)} ms`,
+      `p90 ${digits(point.p90)}, p95 ${digits(point.p95)} (bound ${digits(point.bound)}), p99 ${digits(point.p99)} ms`,
+      `${digits(point.throughput)} images/s`,
+    ];
     for (const metric of data.metrics) {
       const figures = point.quality[metric.name];
       if (!figures) continue;
-      const [mean, low, high] = figures.map((value) => (value === null ? null : value.toFixed(metric.decimals)));
-      rows.push(`${metric.label}: ${mean}${low === null || high === null ? "" : ` (${low} to ${high})`}`);
+      const text = (name) => figures[name]?.toFixed(metric.decimals) ?? "-";
+      const hasInterval = figures.low !== null && figures.high !== null;
+      rows.push(`${metric.label}: ${text("mean")}${hasInterval ? ` (${text("low")} to ${text("high")})` : ""}`);
+      if (metric === metricNow())
+        rows.push(`of the images: median ${text("median")}, 5th ${text("p5")}, 95th ${text("p95")} percentile`);
     }
     if (point.unstable) rows.push(`unstable: ${point.unstable}`);
     tip.replaceChildren(head, ...rows.flatMap((row, at) => (at ? [document.createElement("br"), row] : [row])));
@@ -221,7 +238,8 @@
     svg.append(element("circle", { class: "ring", cx: x, cy: y, r: RADIUS + 4 }));
     const left = x + 14 + tip.offsetWidth > plot.clientWidth ? x - 14 - tip.offsetWidth : x + 14;
     tip.style.left = `${Math.max(0, Math.min(left, plot.clientWidth - tip.offsetWidth))}px`;
-    tip.style.top = `${Math.max(0, y - tip.offsetHeight - 12)}px`;
+    const above = y - tip.offsetHeight - 12;
+    tip.style.top = `${above < 0 ? y + 16 : above}px`;
   };
 
   const showNearest = (event) => {

@@ -1,7 +1,7 @@
 """What every metric is described by and measured with, and the options that some of them take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ class Metric:
         lowest, highest: the range; `None` where it is unbounded.
         definition: what is computed, in one sentence.
         source: who defined it, and who computes it here.
+        depends_on: what its figures depend on besides, as JSON: hashes of models, and what these are given.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     highest: float | None
     definition: str
     source: str
+    depends_on: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def open_identity(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
     options or the sidecar say, and embedded; the value is the cosine of the two embeddings, NaN where one has no
     length. No face is detected and none is aligned, other than in upstream's scripts/calc_id_loss_parallel.py (MTCNN,
     then CurricularFace): both images have the alignment of the target, so give the crop that the model was trained on.
-    Compare figures of one model and one crop only.
+    Compare figures of one model and one crop only: the metric's `depends_on` records both, and how images are given.
 
     Range: -1 to 1 (the same direction); higher is better.
     Source: ArcFace, Deng et al. 2019, arXiv:1801.07698; CurricularFace, Huang et al. 2020, arXiv:2004.00288.
@@ -50,16 +50,24 @@ def open_identity(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
     if options.identity_model is None:
         raise MetricError("no face-embedding model is given: --identity-model FILE (ONNX); see docs/metrics.md")
     file = options.identity_model
-    embed = _open_model(file, options)
+    embed, wanted = _open_model(file, options)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return Gauge(
-        metric=replace(IDENTITY, source=f"{IDENTITY.source}; model {file.name}, SHA-256 {digest[:16]}"),
+        metric=replace(
+            IDENTITY,
+            source=f"{IDENTITY.source}; model {file.name}, SHA-256 {digest[:16]}",
+            depends_on={
+                "model_sha256": digest,
+                **{name: list(getattr(wanted, name)) for name in ("size", "mean", "std", "crop")},
+                "channels": wanted.channels,
+            },
+        ),
         measure=lambda images, targets: _cosines(embed(images), embed(targets)),
     )
 
 
-def _open_model(file: Path, options: MetricOptions) -> Embed:
-    """Return what embeds images [N, 3, h, w] in [-1, 1] as [N, D]."""
+def _open_model(file: Path, options: MetricOptions) -> tuple[Embed, IdentityInput]:
+    """Return what embeds images [N, 3, h, w] in [-1, 1] as [N, D], and what the model is given for that."""
     session = _create_session(file)
     described = session.get_inputs()
     if len(described) != 1 or described[0].type != "tensor(float)":
@@ -73,7 +81,7 @@ def _open_model(file: Path, options: MetricOptions) -> Embed:
         parts = [_run(session, file, prepared[first : first + step], step) for first in range(0, len(prepared), step)]
         return np.concatenate(parts)
 
-    return embed
+    return embed, wanted
 
 
 def prepare_images(images: NDArray[np.float32], wanted: IdentityInput) -> NDArray[np.float32]:

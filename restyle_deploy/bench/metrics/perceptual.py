@@ -85,8 +85,13 @@ def open_lpips(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
     require_installed("torchmetrics", command="pip install 'restyle-deploy[metrics]'")
     backbone = options.lpips_backbone or _require_cached_backbone()
     network = _read_network(backbone)
+    digest = hashlib.sha256(backbone.read_bytes()).hexdigest()
     return Gauge(
-        metric=replace(LPIPS, source=f"{LPIPS.source}; {_describe_backbone(backbone)}"),
+        metric=replace(
+            LPIPS,
+            source=f"{LPIPS.source}; {_describe_backbone(backbone, digest)}",
+            depends_on={"backbone_sha256": digest},
+        ),
         measure=lambda images, targets: _measure(images, targets, network),
     )
 
@@ -195,8 +200,7 @@ def _linear_weights() -> Path:
     return Path(spec.origin).parent.joinpath(*_LINEAR_WEIGHTS)
 
 
-def _describe_backbone(backbone: Path) -> str:
-    digest = hashlib.sha256(backbone.read_bytes()).hexdigest()
+def _describe_backbone(backbone: Path, digest: str) -> str:
     kind = "torchvision's" if digest.startswith(PUBLISHED_BACKBONE) else "not torchvision's published file:"
     return f"backbone {kind} {backbone.name}, SHA-256 {digest[:16]}"
 

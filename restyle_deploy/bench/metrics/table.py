@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.bench.figures import MetricFacts
-from restyle_deploy.bench.metrics.base import Gauge, Metric, MetricOptions
+from restyle_deploy.bench.metrics.base import Gauge, Metric, MetricOptions, first_line
 from restyle_deploy.bench.metrics.dlib_descriptor import DLIB, open_dlib
 from restyle_deploy.bench.metrics.identity import IDENTITY, open_identity
 from restyle_deploy.bench.metrics.perceptual import LPIPS, open_lpips
@@ -31,26 +31,41 @@ _TABLE: tuple[tuple[Metric, Opener], ...] = (
 METRICS: tuple[Metric, ...] = tuple(metric for metric, _ in _TABLE)
 MAX_BATCH = 8  # images that are compared at once: bounds the memory
 
+# What a metric may fail with on this machine: torch and dlib tell theirs by `RuntimeError`, ONNX Runtime's come as
+# `MetricError`. Others are bugs of ours, and pass through.
+_FAILURES = (MetricError, RuntimeError, MemoryError, OSError)
+
 _log = logging.getLogger(__name__)
 
 
 class MetricSet:
     """Metrics that are ready to measure; `open_metrics` makes it.
 
-    Attributes:
-        available: metrics that are measured, in the table's order; their source names the files that are used.
-        missing: why each of the others that were asked for cannot be measured, by name.
-        facts: available and missing ones in the table's order, as a report describes them.
+    One that fails while it measures is dropped from then on, and the others go on: `available`, `missing` and `facts`
+    are as of now.
     """
 
     def __init__(self, gauges: tuple[Gauge, ...], missing: Mapping[str, str], shape: tuple[int, int]) -> None:
         self._gauges = gauges
         self._shape = shape
-        self.available = tuple(gauge.metric for gauge in gauges)
-        self.missing = MappingProxyType(dict(missing))
-        opened = {metric.name: metric for metric in self.available}
-        asked = [metric for metric in METRICS if metric.name in opened or metric.name in missing]
-        self.facts = tuple(_facts_of(opened.get(metric.name, metric), missing.get(metric.name)) for metric in asked)
+        self._opened = {gauge.metric.name: gauge.metric for gauge in gauges}
+        self._missing = dict(missing)
+
+    @property
+    def available(self) -> tuple[Metric, ...]:
+        """Metrics that are measured, in the table's order; their source names the files that are used."""
+        return tuple(metric for name, metric in self._opened.items() if name not in self._missing)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Why each of the others that were asked for is not measured, or not any more, by name."""
+        return MappingProxyType(self._missing)
+
+    @property
+    def facts(self) -> tuple[MetricFacts, ...]:
+        """Available and missing ones in the table's order, as a report describes them."""
+        asked = [metric for metric in METRICS if metric.name in self._opened or metric.name in self._missing]
+        return tuple(_facts_of(self._opened.get(each.name, each), self._missing.get(each.name)) for each in asked)
 
     def __enter__(self) -> "MetricSet":
         return self
@@ -72,12 +87,12 @@ class MetricSet:
                 images: `images.pool_images` first. Those that are not finite get NaN by every metric.
             targets: the same shape, in [-1, 1].
         Returns:
-            By the names of `available`: [N]; infinite where a metric says so, NaN where it is not defined.
+            By the names of `available`: [N]; infinite where a metric says so, NaN where it is not defined. A metric
+            that fails here or has failed before is not among them.
         Raises:
             ValueError: a shape is another, there is no image, or the set is closed.
-            MetricError: a model failed.
         """
-        if len(self._gauges) != len(self.available):
+        if len(self._gauges) != len(self._opened):
             raise ValueError("the metrics are closed")
         if (
             images.shape != targets.shape
@@ -91,10 +106,19 @@ class MetricSet:
             )
         are_finite = np.array([bool(np.isfinite(image).all()) for image in images])
         finite = np.where(are_finite[:, None, None, None], images, np.float32(0))
-        return {
-            gauge.metric.name: np.where(are_finite, _measure_in_batches(gauge, finite, targets), np.nan)
-            for gauge in self._gauges
-        }
+        found = {}
+        for gauge in self._gauges:
+            metric = gauge.metric
+            if metric.name in self._missing:
+                continue
+            try:
+                values = _measure_in_batches(gauge, finite, targets)
+            except _FAILURES as error:
+                self._missing[metric.name] = f"it failed while it measured: {_describe(error)}"
+                _log.warning("%s is measured no more: %s", metric.label, _describe(error), exc_info=error)
+            else:
+                found[metric.name] = np.where(are_finite, values, np.nan)
+        return found
 
 
 def open_metrics(options: MetricOptions, shape: tuple[int, int]) -> MetricSet:
@@ -123,9 +147,9 @@ def open_metrics(options: MetricOptions, shape: tuple[int, int]) -> MetricSet:
                 grey = np.zeros((count, 3, *shape), np.float32)
                 gauge.measure(grey, grey)
             gauges.append(gauge)
-        except MetricError as error:
-            missing[metric.name] = str(error)
-            _log.info("%s is not measured: %s", metric.label, error)
+        except _FAILURES as error:
+            missing[metric.name] = _describe(error)
+            _log.info("%s is not measured: %s", metric.label, missing[metric.name])
     return MetricSet(tuple(gauges), missing, shape)
 
 
@@ -136,6 +160,11 @@ def _measure_in_batches(gauge: Gauge, images: NDArray[np.float32], targets: NDAr
             for first in range(0, len(images), MAX_BATCH)
         ]
     )
+
+
+def _describe(error: Exception) -> str:
+    """Return what is missing in one line; of a library's error its kind as well."""
+    return str(error) if isinstance(error, MetricError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _facts_of(metric: Metric, missing: str | None) -> MetricFacts:
