@@ -220,5 +220,13 @@ _ROWS = (
         engine=("openvino", "bf16"),
         is_approximate=True,
     ),
+    Contender(
+        name="openvino-mixed",
+        label="OpenVINO, engine mixed: encoder float32, generator bf16",
+        open=_session("openvino", precision="mixed"),
+        libraries=_OPENVINO,
+        engine=("openvino", "mixed"),
+        is_approximate=True,
+    ),
 )
 CONTENDERS: Mapping[str, Contender] = MappingProxyType({row.name: row for row in _ROWS})
