@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import click
-import torch
 
 from benchmarks.contenders import ModelFiles
 from benchmarks.cpu import parse_batches, parse_names
@@ -27,6 +26,7 @@ from benchmarks.operators import layers_of
 from benchmarks.verdicts import format_verdict
 from restyle_deploy.bench.environment import describe_environment
 from restyle_deploy.bundle import read_bundle
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from restyle_deploy.processor import describe_processor
 
 RESULTS = Path("benchmarks/results")
@@ -74,8 +74,8 @@ def main(
 ) -> None:
     """Measure cell by cell, and say which goals are reached."""
     is_dry = device == "cpu"
-    if not is_dry and not torch.cuda.is_available():
-        raise click.ClickException("no NVIDIA GPU: nothing was measured; a dry run is: --device cpu")
+    if not is_dry and (reason := why_torch_sees_no_gpu()):
+        raise click.ClickException(f"{reason}: nothing was measured; a dry run is: --device cpu")
     if golden is None:
         models = (DEMO,)
         click.echo("no --golden directory: only the demo model is measured", err=True)

@@ -38,7 +38,7 @@ HEADER = (
     "of the floor",
     "PSNR, dB",
     "latent error",
-    "device MiB",
+    "peak device MiB",
     "opening, s",
 )
 
@@ -66,7 +66,7 @@ class GpuRow:
         contender, label, precision, is_ours: as in `gpu_contenders.GPU_CONTENDERS`.
         reason: why there are no figures.
         gpu_ms, wall_ms, host_us: of each measured call, see `gpu_worker.CallTimes`.
-        device_mib: memory of the device that model, libraries and calls hold, without the context.
+        device_mib: the most memory of the device that model, libraries and calls have held, without the context.
         open_s: seconds to load the model.
         difference: of the last images and latents from upstream's arithmetic in float32; None for that itself.
         growth: of the contender that was called many times.

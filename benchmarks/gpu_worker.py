@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from benchmarks.gpu_contenders import GPU_CONTENDERS, GpuContender, Inverter
 from benchmarks.gpu_table import Growth
 from benchmarks.memory import read_status_mib
 from benchmarks.processes import WorkerProcess, serve
+from restyle_deploy.bench.gpu_monitor import open_gpu_monitor
+from restyle_deploy.bench.memory import MemoryWatch
 from restyle_deploy.bench.process import claim_stdout
 from restyle_deploy.bundle import read_bundle
+from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.runtime.targets import targets_from_images
 
 BYTES_PER_MIB = 2**20
+WATCH_INTERVAL_S = 0.002
 # Calls before memory is looked at, so that all that is allocated once has been.
 CALLS_TO_SETTLE = 20
 
@@ -40,7 +44,8 @@ class CallTimes:
         gpu_ms: from the caller's stream to where results can be read there, by events; empty without a GPU.
         wall_ms: until the host knows that they are there.
         host_us: until the call returns, with nothing else in the queue; empty without a GPU.
-        device_mib: memory of the device that was taken since before the model was loaded; None without a GPU.
+        device_mib: the most memory of the device in use at once, above what was before the model was loaded: from then
+            to the end of the first command to call. None without a GPU, or where the driver does not tell.
     """
 
     gpu_ms: tuple[float, ...]
@@ -74,7 +79,10 @@ class GpuWorker(WorkerProcess):
         return float(self.ask("open")["open_s"])
 
     def call(self, count: int, results: Path | None = None) -> CallTimes:
-        """Call one time that does not count, then so many; images and latents go to a `.npz` where one is named."""
+        """Call one time that does not count, then so many; images and latents go to a `.npz` where one is named.
+
+        The first time, memory is watched meanwhile, which may disturb the times.
+        """
         answer = self.ask(f"call {count}" if results is None else f"call {count} {results}")
         return CallTimes(
             gpu_ms=tuple(answer["gpu_ms"]),
@@ -106,6 +114,8 @@ class _Server:
         self._images = np.load(inputs)
         self._on_gpu = device.startswith("cuda")
         self._inverter: Inverter | None = None
+        self._watching = ExitStack()
+        self._watch = MemoryWatch()
 
     def stream(self) -> AbstractContextManager[Any]:
         """Return a scope with a stream of its own, as a program has that does more than one thing."""
@@ -114,7 +124,13 @@ class _Server:
     def open(self, _: str) -> dict[str, Any]:
         config = read_bundle(self._files.bundle).config
         self._target = torch.from_numpy(targets_from_images(self._images, config)).to(self._device)
-        self._free_before = self._free_bytes()
+        if self._on_gpu:
+            try:
+                monitor = self._watching.enter_context(open_gpu_monitor(self._device))
+                self._watch = MemoryWatch(monitor.used_bytes, interval_s=WATCH_INTERVAL_S)
+            except BackendUnavailableError as error:
+                print(f"the device's memory is not watched: {error}", file=sys.stderr)  # noqa: T201  of the process's log
+        self._watching.enter_context(self._watch)
         begin = time.perf_counter()
         self._inverter = self._contender.open(self._files, self._device, len(self._images))
         return {"open_s": time.perf_counter() - begin}
@@ -127,7 +143,8 @@ class _Server:
             del result  # as who calls again has done with the last one
             result, times = self._timed_call()
             samples.append(times)
-        used = self._free_before - self._free_bytes()
+        self._watching.close()
+        peak = self._watch.result().peak_device_bytes
         if results:
             assert self._inverter is not None
             read = self._inverter.read(result)
@@ -135,7 +152,7 @@ class _Server:
         times_by_name = {
             name: [sample[name] for sample in samples if name in sample] for name in ("gpu_ms", "wall_ms", "host_us")
         }
-        return {**times_by_name, "device_mib": used / BYTES_PER_MIB if self._on_gpu else None}
+        return {**times_by_name, "device_mib": None if peak is None else peak / BYTES_PER_MIB}
 
     def endure(self, argument: str) -> dict[str, Any]:
         def look() -> tuple[float, float]:

@@ -43,6 +43,7 @@ from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError
 from restyle_deploy.latency import Latency, measure_interleaved
 from restyle_deploy.ops.compiler import check_available
 from restyle_deploy.ops.kernels.launches import ELEMENT_TYPES
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 
 RESULTS = Path("benchmarks/results")
 DTYPES = tuple(sorted(ELEMENT_TYPES, key=["float16", "float32", "bfloat16"].index))
@@ -99,8 +100,8 @@ def main(
     call_ms: float,
 ) -> None:
     """Measure problem by problem, and say which goals are reached."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no NVIDIA GPU: nothing was measured")
+    if reason := why_torch_sees_no_gpu():
+        raise click.ClickException(f"{reason}: nothing was measured")
     try:
         check_available()
     except BackendUnavailableError as error:

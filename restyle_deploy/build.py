@@ -140,7 +140,7 @@ def _record_of(
     directory = engine_directory(bundle.path, **key)
     paths = [path for path in sorted(built.directory.iterdir()) if path.suffix != CACHE_SUFFIX]
     files = {path.name: sha256_of_file(path) for path in paths}
-    arguments = options.engine.arguments
+    arguments = options.arguments
     return EngineRecord(
         **key,
         directory=directory,
@@ -185,7 +185,7 @@ def _check_preview(backend: Backend, built: BuiltGraphs, latents: NDArray[np.flo
     """Raise `VerificationError` unless the previews of [N, S, D] latents are finite."""
     preview = built.graphs["preview"]
     (latent,), (current,) = preview.inputs, preview.outputs
-    with Workbench(options) as bench:
+    with Workbench(options.for_graph("preview")) as bench:
         runner = bench.load(backend, preview.path, preview.inputs, preview.outputs, built.weights.get("preview"))
         run = bench.bind(runner, preview.outputs, {latent.name: latents})
         run()

@@ -23,13 +23,14 @@ from restyle_deploy.backends.base import (
     EngineOptions,
     RunnerOptions,
 )
+from restyle_deploy.backends.cuda_devices import find_devices, find_name
 from restyle_deploy.bundle import Bundle, GraphRecord
 from restyle_deploy.engine_graphs import digest_of_graph, graphs_by_role, needs_epilogues, save_graph
 from restyle_deploy.engines import ENGINES
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, find_sites
 from restyle_deploy.planner import Clock, choose, measure_sites, measure_whole, specs_of
 from restyle_deploy.processor import usable_cores
-from restyle_deploy.tuning import Conditions, Times, read_times, write_times
+from restyle_deploy.tuning import Conditions, Times, read_refused, read_times, write_times
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_SECONDS = 180.0
@@ -47,6 +48,7 @@ class BuildOptions:
         retune: measure those too that were measured before.
         seconds: measuring begins no new kind of site after so long.
         engine: what only some backends have.
+        plugin_route: see `RunnerOptions`; no command line has it, as only trials of a GPU want another than the best.
     """
 
     backend: str
@@ -57,6 +59,14 @@ class BuildOptions:
     retune: bool = False
     seconds: float = DEFAULT_SECONDS
     engine: EngineOptions = EngineOptions()
+    plugin_route: str | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """What a command line needs to build the same, beside backend, device, precision and --tune."""
+        seconds = ["--seconds", f"{self.seconds:g}"] if self.tune and self.seconds != DEFAULT_SECONDS else []
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return [*threads, *seconds, *self.engine.arguments]
 
     @property
     def runner(self) -> RunnerOptions:
@@ -67,7 +77,7 @@ class BuildOptions:
             threads=self.threads,
             precision=self.precision,
             host_code_allowed=self.engine.version_compatible,
-            plugin_route=WITHOUT_PLUGINS if self.engine.no_plugins else None,
+            plugin_route=WITHOUT_PLUGINS if self.engine.no_plugins else self.plugin_route,
         )
 
 
@@ -116,9 +126,10 @@ class Building:
                 "restyle-deploy": __version__,
                 **({"kernels": backend.plugin_hash() or ""} if target.has_kernels else {}),
             },
-            processor=target.processor,
+            processor=_processor_of_times(target.processor, options.runner.device),
         )
         self._known: dict[str, Mapping[str, float]] = dict(read_times(bundle.path, self._conditions))
+        self._refused: dict[str, tuple[str, ...]] = read_refused(bundle.path, self._conditions)
         self._anew = options.retune
         self._seconds = 0.0
         self._choices: dict[str, str] = {}
@@ -133,7 +144,7 @@ class Building:
         graphs: dict[str, GraphRecord] = {}
         for name, source in self._bundle.graphs.items():
             model, sites, times = self._read(name, is_measured=self._options.tune)
-            choices = self._choose(sites, times)
+            choices = self._choose(name, sites, times)
             built = self._build(name, model, choices, directory)
             if times and self._is_slower(name, built, choices):
                 LOGGER.warning("%s: the plan makes it slower; it is computed as exported", name)
@@ -152,13 +163,13 @@ class Building:
         with tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder:
             for name in self._bundle.graphs:
                 model, sites, times = self._read(name, is_measured=False)
-                choices = self._choose(sites, times)
+                choices = self._choose(name, sites, times)
                 self._note(sites, choices, times)
                 for role, part in self._rewrite(name, model, choices).items():
                     self._progress(f"checking the {role}")
                     path = save_graph(part, role, Path(folder), batch=self._backend.ENGINE_BATCH)
                     request = BuildRequest(engine=self._options.engine)
-                    facts = self._backend.check_graph(path, self._options.runner, request)
+                    facts = self._backend.check_graph(path, self._runner_of(role), request)
                     graphs[role] = {"file": f"{role}{self._backend.ENGINE_SUFFIX}", "nodes": len(part.graph), **facts}
         return {"plan": self._plan(), "graphs": graphs}
 
@@ -168,12 +179,15 @@ class Building:
         model = ir.load(self._bundle.graphs[name].path)
         sites = find_sites(model)
         if is_measured:
-            return model, sites, self._measure(model, sites)
+            return model, sites, self._measure(name, model, sites)
         known = self._known if self._options.tune else {}
         return model, sites, {site.key: known[site.key] for site in sites if site.key in known}
 
-    def _choose(self, sites: list[Site], times: Times) -> dict[str, str]:
-        return choose(sites, times, TABLE[self._options.backend], precision=self._options.precision)
+    def _choose(self, name: str, sites: list[Site], times: Times) -> dict[str, str]:
+        return choose(sites, times, TABLE[self._options.backend], precision=self._runner_of(name).precision)
+
+    def _runner_of(self, role: str) -> RunnerOptions:
+        return self._options.runner.for_graph(role)
 
     def _note(self, sites: list[Site], choices: Choices, times: Times) -> None:
         self._choices |= choices
@@ -188,28 +202,42 @@ class Building:
             "seconds": round(self._seconds, 1),
         }
 
-    def _measure(self, model: ir.Model, sites: list[Site]) -> Times:
+    def _measure(self, name: str, model: ir.Model, sites: list[Site]) -> Times:
         """Return the times of the kinds of sites that occur: the known ones and those that time allows to measure."""
-        precision = self._options.precision
-        unknown = [
-            site
-            for site in sites
-            if self._anew or set(self._known.get(site.key, ())) != set(FAMILIES[site.family].choices_for(precision))
-        ]
+        options = self._runner_of(name)
+        unknown = [site for site in sites if self._anew or not self._is_known(site, options.precision)]
+        measured_refusals: dict[str, tuple[str, ...]] = {}
+
+        def note_refused(key: str, choice: str) -> None:
+            measured_refusals[key] = (*measured_refusals.get(key, ()), choice)
+
         began = self._clock.elapsed
-        self._known |= measure_sites(
+        times = measure_sites(
             model,
             unknown,
             backend=self._backend,
-            options=self._options.runner,
+            options=options,
             clock=Clock(seconds=self._options.seconds / len(self._bundle.graphs)),  # no graph takes another's time
             request=self._request,
             epilogues=self._needs_epilogues,
             progress=lambda key: self._progress(f"measuring {key} ({self._clock.elapsed:.0f} s)"),
+            refused=note_refused,
         )
+        self._known |= times
+        for key in times:
+            self._refused.pop(key, None)
+        self._refused |= measured_refusals
         self._seconds += self._clock.elapsed - began
-        write_times(self._bundle.path, self._conditions, self._known)
+        self._keep_times()
         return {site.key: self._known[site.key] for site in sites if site.key in self._known}
+
+    def _is_known(self, site: Site, precision: str) -> bool:
+        """Whether all choices of a kind of site have a time, but for those that the backend refused."""
+        known = {*self._known.get(site.key, ()), *self._refused.get(site.key, ())}
+        return known == set(FAMILIES[site.family].choices_for(precision))
+
+    def _keep_times(self) -> None:
+        write_times(self._bundle.path, self._conditions, self._known, refused=self._refused)
 
     @property
     def _request(self) -> BuildRequest:
@@ -233,7 +261,7 @@ class Building:
         request = replace(self._request, progress=lambda text: self._progress(f"building the {role}: {text}"))
         folder = Path(tempfile.mkdtemp(dir=directory.parent))  # removed with the working directory at the latest
         graph = save_graph(model, role, folder, batch=self._backend.ENGINE_BATCH)
-        facts = dict(self._backend.build(graph, engine, self._options.runner, request))
+        facts = dict(self._backend.build(graph, engine, self._runner_of(role), request))
         if self._options.engine.stripped:
             self._weights[role] = graph
             facts["digest"] = digest_of_graph(graph)
@@ -244,11 +272,14 @@ class Building:
         return GraphRecord(path=engine, sha256="", inputs=inputs, outputs=outputs)
 
     def _is_slower(self, name: str, built: Mapping[str, GraphRecord], choices: Choices) -> bool:
-        """Whether a plan makes a whole graph slower than it is as exported; measured unless it is known."""
+        """Whether a plan makes a whole graph slower than it is as exported; measured unless it is known.
+
+        It does not where the backend refuses the graph as exported.
+        """
         exported = self._bundle.graphs[name]
         described = json.dumps([exported.sha256, sorted(choices.items())])
         key = f"whole {name} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
-        if self._anew or set(self._known.get(key, ())) != {"exported", "planned"}:
+        if self._anew or "planned" not in self._known.get(key, ()):
             self._progress(f"comparing the {name} with the exported graph")
             began = self._clock.elapsed
             self._known[key] = measure_whole(
@@ -256,12 +287,20 @@ class Building:
                 built[name],
                 built.get("target"),
                 backend=self._backend,
-                options=self._options.runner,
+                options=self._runner_of(name),
                 request=self._request,
                 weights=self._weights,
             )
             self._seconds += self._clock.elapsed - began
-            write_times(self._bundle.path, self._conditions, self._known)
+            self._keep_times()
         times = self._known[key]
         self._measurements[f"whole {name}"] = times
-        return times["planned"] > times["exported"]
+        return "exported" in times and times["planned"] > times["exported"]
+
+
+def _processor_of_times(processor: str, device: str) -> str:
+    """Return what times depend on: what engines are built for, and the model of the GPU at hand, if there is one."""
+    if device not in find_devices()[0]:
+        return processor
+    name = find_name(device)
+    return processor if name in processor else f"{processor} on {name}"

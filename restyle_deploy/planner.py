@@ -1,5 +1,6 @@
 """Measure the ways to compute each kind of site of a bundle's graphs on this machine, and choose the fastest."""
 
+import logging
 import tempfile
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import DEFAULT_REQUEST, EXACT_PRECISION, Backend, BuildRequest, RunnerOptions
 from restyle_deploy.engines import GraphRecord
+from restyle_deploy.errors import BuildError
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
 from restyle_deploy.graph.rewrites.fuse_epilogue import find_epilogue, fuse_epilogue
@@ -23,6 +25,8 @@ from restyle_deploy.latency import measure_interleaved
 from restyle_deploy.tensors import BATCH, TensorSpec
 from restyle_deploy.tuning import Times
 from restyle_deploy.workbench import Workbench, WorkbenchRun
+
+LOGGER = logging.getLogger(__name__)
 
 # Short runs are repeated until they have taken so long together, within these bounds.
 MEASURED_MS = 300.0
@@ -98,8 +102,11 @@ def measure_sites(
     request: BuildRequest = DEFAULT_REQUEST,
     epilogues: bool = False,
     progress: Callable[[str], None] = lambda text: None,
+    refused: Callable[[str, str], None] = lambda key, choice: None,
 ) -> dict[str, dict[str, float]]:
     """Time all choices of each kind of site, each as a small graph cut out of the exported one.
+
+    A choice that the backend refuses is left out.
 
     Args:
         model: the exported graph; not changed.
@@ -111,10 +118,11 @@ def measure_sites(
         epilogues: whether what follows a convolution becomes one node, see `apply_choices`; such a filter is measured
             with what follows it, as one kernel may compute both.
         progress: told the kind of site that is being measured.
+        refused: told the kind of site and the choice that the backend refuses.
     Returns:
         Medians in milliseconds at the smallest batch, by key and choice.
     Raises:
-        BuildError: the backend refuses a graph.
+        BuildError: the backend refuses all choices of a kind of site.
     """
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
@@ -126,6 +134,9 @@ def measure_sites(
         progress(key)
         site = _with_epilogue(model, group[0]) if epilogues else group[0]
         times[key] = _measure_site(model, site, backend=backend, options=options, request=request, epilogues=epilogues)
+        for choice in FAMILIES[site.family].choices_for(options.precision):
+            if choice not in times[key]:
+                refused(key, choice)
     return times
 
 
@@ -149,14 +160,21 @@ def measure_whole(
         request: how the engine was built.
         weights: what stripped engines were built from, by the stem of the engine's file.
     Returns:
-        Milliseconds of a step with the smallest batch, by `exported` and `planned`.
+        Milliseconds of a step with the smallest batch, by `exported` and `planned`; `planned` alone where the backend
+        refuses the exported graph, so that there is nothing to compare with.
+    Raises:
+        BuildError: the backend refuses to load what it has built.
     """
     with (
         tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
         Workbench(options, gpu_runs=GPU_RUNS) as bench,
     ):
-        model = ir.load(exported.path)
-        runs = {"exported": _load(model, Path(folder), "exported", bench, backend=backend, request=request)}
+        runs: dict[str, WorkbenchRun] = {}
+        try:
+            model = ir.load(exported.path)
+            runs["exported"] = _load(model, Path(folder), "exported", bench, backend=backend, request=request)
+        except BuildError as error:
+            LOGGER.warning("the exported graph is no alternative to the plan: %s", error)
         for key, record in {"planned": planned, "target": target}.items():
             if record is not None:
                 file = record.path
@@ -164,10 +182,12 @@ def measure_whole(
                 values = random_inputs(record.inputs, batch=_batch_of(request))
                 runs[key] = bench.bind(runner, record.outputs, values)
         first = measure_interleaved(runs, warmup=1, repeats=1)
-        repeats = repeats_for(min(first[key].median_ms for key in ("exported", "planned")))
+        repeats = repeats_for(min(first[key].median_ms for key in first if key != "target"))
         latencies = measure_interleaved(runs, warmup=0, repeats=repeats)
     samples = {key: np.array(latency.samples_ms) for key, latency in latencies.items()}
     planned_ms = samples["planned"] + samples.get("target", 0.0) / STEPS
+    if "exported" not in samples:
+        return {"planned": float(np.median(planned_ms)) / bench.runs_per_call}
     exported_ms = float(np.median(samples["exported"])) / bench.runs_per_call
     # By the ratio in each round, as a disturbance of the machine hits both alike.
     return {"exported": exported_ms, "planned": exported_ms * float(np.median(planned_ms / samples["exported"]))}
@@ -182,12 +202,23 @@ def _measure_site(
     ):
         runs: dict[str, WorkbenchRun] = {}
         extra_runs: dict[str, WorkbenchRun] = {}
-        for choice in FAMILIES[site.family].choices_for(options.precision):
+        refusals: list[BuildError] = []
+        for number, choice in enumerate(FAMILIES[site.family].choices_for(options.precision)):
             part, extra = _candidate(model, site, choice, epilogues=epilogues)
-            for graph, target in ((part, runs), (extra, extra_runs)):
-                if graph is not None:
-                    stem = f"{len(runs) + len(extra_runs)}"
-                    target[choice] = _load(graph, Path(folder), stem, bench, backend=backend, request=request)
+            try:
+                loaded = [
+                    _load(graph, Path(folder), f"{number}{index}", bench, backend=backend, request=request)
+                    for index, graph in enumerate((part, extra))
+                    if graph is not None
+                ]
+            except BuildError as error:
+                LOGGER.warning("%s: %s is left out: %s", site.key, choice, error)
+                refusals.append(error)
+                continue
+            runs[choice] = loaded[0]
+            extra_runs.update((choice, run) for run in loaded[1:])
+        if not runs:
+            raise BuildError(f"{site.key}: no way to compute it is taken; the last one: {refusals[-1]}")
         # The first run of a graph also allocates.
         again = measure_interleaved(runs, warmup=1, repeats=1)
         best = min(latency.median_ms for latency in again.values())

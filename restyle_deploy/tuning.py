@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from restyle_deploy.engines import ENGINES
@@ -16,6 +17,7 @@ FORMAT_VERSION = 1
 
 Times = Mapping[str, Mapping[str, float]]
 """Kind of site -> choice -> milliseconds."""
+NONE_REFUSED: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Conditions:
     Attributes:
         backend, device, precision, threads: how the graphs ran.
         library_versions: of the backend.
-        processor: `processor.describe_processor()`.
+        processor: what engines are built for, as their record says; on a GPU its model too, whose times these are.
     """
 
     backend: str
@@ -38,19 +40,29 @@ class Conditions:
 
 def read_times(bundle: Path, conditions: Conditions) -> dict[str, dict[str, float]]:
     """Return what was measured under these conditions; nothing where nothing was, or where the file is damaged."""
-    for entry in _read_entries(bundle):
-        if entry["conditions"] == _as_json(conditions):
-            return {key: dict(times) for key, times in entry["times"].items()}
-    return {}
+    return {key: dict(times) for key, times in _entry_of(bundle, conditions).get("times", {}).items()}
 
 
-def write_times(bundle: Path, conditions: Conditions, times: Times) -> None:
-    """Keep times, instead of those that were kept for the same conditions."""
+def read_refused(bundle: Path, conditions: Conditions) -> dict[str, tuple[str, ...]]:
+    """Return the choices that the backend has refused under these conditions, by kind of site."""
+    return {key: tuple(choices) for key, choices in _entry_of(bundle, conditions).get("refused", {}).items()}
+
+
+def write_times(
+    bundle: Path, conditions: Conditions, times: Times, *, refused: Mapping[str, Sequence[str]] = NONE_REFUSED
+) -> None:
+    """Keep times, and refused choices by kind of site, instead of those that were kept for the same conditions."""
     others = [entry for entry in _read_entries(bundle) if entry["conditions"] != _as_json(conditions)]
-    entries = [*others, {"conditions": _as_json(conditions), "times": times}]
+    kept = {"refused": {key: list(choices) for key, choices in refused.items()}} if refused else {}
+    entries = [*others, {"conditions": _as_json(conditions), "times": times, **kept}]
     with replace_when_complete(bundle / ENGINES / FILE_NAME) as temporary:
         content = {"format_version": FORMAT_VERSION, "entries": entries}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _entry_of(bundle: Path, conditions: Conditions) -> dict[str, Any]:
+    entries = (entry for entry in _read_entries(bundle) if entry["conditions"] == _as_json(conditions))
+    return next(entries, {})
 
 
 def _as_json(conditions: Conditions) -> dict[str, Any]:
@@ -74,4 +86,9 @@ def _read_entries(bundle: Path) -> list[dict[str, Any]]:
 def _is_entry(entry: Any) -> bool:
     times = entry["times"].values()
     numbers = [number for choices in times for number in choices.values()]
-    return isinstance(entry["conditions"], dict) and all(isinstance(number, float) and number > 0 for number in numbers)
+    refused = [choice for choices in entry.get("refused", {}).values() for choice in choices]
+    return (
+        isinstance(entry["conditions"], dict)
+        and all(isinstance(number, float) and number > 0 for number in numbers)
+        and all(isinstance(choice, str) for choice in refused)
+    )

@@ -44,6 +44,7 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         "tf32": Tolerance(latents=1e-2, images=0.05, layers=2e-2),
         "fp16": Tolerance(latents=2e-2, images=0.1, layers=2e-2),
         "bf16": Tolerance(latents=2e-2, images=0.1, layers=0.1),
+        "mixed": Tolerance(latents=2e-2, images=0.1, layers=0.1),
     }
 )
 

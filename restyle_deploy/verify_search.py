@@ -51,7 +51,7 @@ def search_session(session: Session, expected: ReferenceRun, *, step: int) -> tu
             f"layers of backend {about['backend']} cannot be read; they can with {', '.join(ONNX_BACKENDS)}"
         )
     options = RunnerOptions(device=about["device"], threads=about["threads"], precision=about["precision"])
-    backend, tolerance = load_backend(about["backend"]), TOLERANCES[about["precision"]].layers
+    backend = load_backend(about["backend"])
     before, after = expected.state_before(step), expected.state_before(step + 1)
     searches: list[LayerSearch] = []
     with _tested_graphs(session) as tested:
@@ -60,7 +60,13 @@ def search_session(session: Session, expected: ReferenceRun, *, step: int) -> tu
         for name, arrays in (("encoder", encoded), ("generator", {"latent": after.latents})):
             inputs = {key: array[taken] for key, array in arrays.items()}
             features = _target_features(tested, inputs, backend, options) if name == "encoder" else {}
-            run = GraphRun(file=tested.files[name], inputs={**inputs, **features}, backend=backend, options=options)
+            run = GraphRun(
+                file=tested.files[name],
+                inputs={**inputs, **features},
+                backend=backend,
+                options=options.for_graph(name),
+            )
+            tolerance = TOLERANCES[run.options.precision].layers
             search = find_first_layer(name, session.bundle.graphs[name].path, inputs, run, tolerance=tolerance)
             searches.append(replace(search, tested=tested.name))
             if search.first:
@@ -129,4 +135,5 @@ def _target_features(
     if tested.features is None:
         return {}
     given, made = tested.features
-    return run_on_backend(tested.files["target"], {"target": inputs["target"]}, given, made, backend, options)
+    files, taken = tested.files["target"], {"target": inputs["target"]}
+    return run_on_backend(files, taken, given, made, backend, options.for_graph("target"))

@@ -19,14 +19,17 @@ import restyle_deploy.engine_graphs as graphs_module
 from restyle_deploy.backends import BACKENDS, load_backend
 from restyle_deploy.backends.base import (
     DEFAULT_REQUEST,
+    OPTION_NAMES,
     Backend,
     BuildRequest,
     BuildTarget,
     EngineOptions,
+    Runner,
     RunnerOptions,
 )
 from restyle_deploy.build import BuildOptions, build_engine, describe_build
-from restyle_deploy.bundle import EngineRecord, open_bundle, read_bundle
+from restyle_deploy.bundle import EngineRecord, how_to_build_again, open_bundle, read_bundle
+from restyle_deploy.cli.build import build as build_command
 from restyle_deploy.device_array import Array
 from restyle_deploy.engines import Batches, batches_of_build
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
@@ -590,6 +593,7 @@ def test_engine_that_cannot_run_here_is_kept_and_says_so(
     assert engine.build == {
         "verified": False,
         "reason": NO_GPU,
+        "options": ["--threads", "1"],
         "weights": "full",
         "graphs": {role: {"layers": 3} for role in engine.graphs},
     }
@@ -609,7 +613,58 @@ def test_engine_options_reach_the_backend_and_the_record(bundle: Path, spy: SpyB
     engine = build_engine(bundle, options(engine=EngineOptions(max_batch=4)))
     assert {request.engine.max_batch for request in spy.requests} == {4}
     assert {request.cache for request in spy.requests} == {bundle / "engines"}
-    assert engine.build == {"verified": True, "reason": None, "options": ["--max-batch", "4"]}
+    assert engine.build == {"verified": True, "reason": None, "options": ["--threads", "1", "--max-batch", "4"]}
+
+
+def test_command_that_builds_again_has_all_options(bundle: Path) -> None:
+    """But --dry-run, --json and --retune, which are of one call."""
+    engine = tune(bundle, threads=2, seconds=0, engine=EngineOptions())
+    assert engine.build["options"] == ["--threads", "2", "--seconds", "0"]
+    again = how_to_build_again(read_bundle(bundle), replace(engine, plan={**engine.plan, "origin": "tuned"}))
+    assert f"restyle-deploy build {bundle} --backend onnxruntime --tune --threads 2 --seconds 0, or" in again
+    options_of_build = {parameter.opts[0] for parameter in build_command.params if parameter.opts[0].startswith("--")}
+    known = {"--backend", "--device", "--precision", "--threads", "--tune", "--seconds"}
+    known |= {f"--{name}" for name in OPTION_NAMES.values()}
+    assert options_of_build == known | {"--retune", "--dry-run", "--json"}
+
+
+class RefusingSpy(SpyBackend):
+    """Takes no transposed convolution but the skip image's."""
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
+        nodes = onnx.load(graph, load_external_data=False).graph.node
+        if any(node.op_type == "ConvTranspose" and "skip_upsample" not in node.name for node in nodes):
+            raise BuildError("transposed convolutions are refused")
+        return super().build(graph, engine, options, request)
+
+
+def test_refused_choices_and_a_refused_exported_graph_end_no_tuning(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with TensorRT for RTX in bfloat16."""
+    spy = RefusingSpy()
+    monkeypatch.setattr(build_module, "load_backend", lambda name: spy)
+    monkeypatch.setattr(building_module, "TABLE", {"onnxruntime": TABLE["tensorrt-rtx"]})
+    engine = tune(bundle, seconds=1e9)
+    choices = {choice for site, choice in engine.plan["choices"].items() if site.endswith(" upsampling")}
+    assert choices <= {"phases", "polyphase"}
+    assert set(engine.plan["measurements"]["whole generator"]) == {"planned"}
+    assert set(engine.plan["measurements"]["whole encoder"]) == {"exported", "planned"}
+    assert "is left out: transposed convolutions are refused" in caplog.text
+    spy.built.clear()
+    assert tune(bundle).plan["choices"] == engine.plan["choices"]
+    assert spy.measured == 0  # what was refused is not tried again
+
+
+def test_times_are_of_one_model_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building_module, "find_devices", lambda: (("cuda:0",), ""))
+    monkeypatch.setattr(building_module, "find_name", lambda device: "NVIDIA L4")
+    processor = building_module._processor_of_times
+    assert processor("sm_89", "cuda:0") == "sm_89 on NVIDIA L4"
+    assert processor("NVIDIA L4 (sm_89)", "cuda:0") == "NVIDIA L4 (sm_89)"
+    assert processor("Abacus", "cpu") == "Abacus"
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (3, 8), (2, 2)])
@@ -771,14 +826,43 @@ def test_two_builds_at_once_lose_no_record(bundle: Path, spy: SpyBackend) -> Non
     assert not list((bundle / "engines").glob(".*"))
 
 
+@pytest.mark.parametrize("tune", [False, True])
+def test_mixed_precision_is_float32_in_the_encoder_only(
+    bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch, tune: bool
+) -> None:
+    anything = BuildAnything(spy._backend)
+    monkeypatch.setattr(spy, "check_build", lambda *_: spy.target)
+    monkeypatch.setattr(spy, "_backend", anything)
+    record = build_engine(bundle, options(precision="mixed", tune=tune))
+    assert record.precision == "mixed"
+    assert record.build["verified"]
+    engines = {role: precision for role, precision in anything.built if role in record.graphs}
+    assert engines == {role: "bf16" if role in ("generator", "preview") else "fp32" for role in record.graphs}
+    # Of small graphs and exported ones, those of the encoder are measured in float32, those of the generator in bf16.
+    measured = [precision for role, precision in anything.built if role not in record.graphs]
+    assert measured == sorted(measured, reverse=True)
+    assert set(measured) == ({"fp32", "bf16"} if tune else set())
+
+
 class BuildAnything:
-    """A backend that builds in whatever precision it is asked for."""
+    """A backend that builds in whatever precision it is asked for.
+
+    Attributes:
+        built: stem of the engine, and the precision that was asked for.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.built: list[tuple[str, str]] = []
 
     def library_versions(self) -> Mapping[str, str]:
         return self._backend.library_versions()
 
     def build(self, graph: Path, engine: Path, options: RunnerOptions) -> Mapping[str, Any]:
+        self.built.append((engine.stem, options.precision))
         return self._backend.build(graph, engine, replace(options, precision="fp32"))
+
+    def load(
+        self, file: Path, inputs: Any, outputs: Any, options: RunnerOptions, weights: Path | None = None
+    ) -> Runner:
+        return self._backend.load(file, inputs, outputs, replace(options, precision="fp32"), weights)

@@ -1,6 +1,7 @@
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,15 @@ from click.testing import CliRunner
 
 import restyle_deploy.build
 import restyle_deploy.verify
-from restyle_deploy import gpu_checks
+from restyle_deploy import gpu_checks, gpu_engine_checks, gpu_kernel_checks
+from restyle_deploy.build import BuildOptions, build_engine
 from restyle_deploy.cli.doctor import doctor
-from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.errors import BackendUnavailableError, BuildError, VerificationError
 from restyle_deploy.gpu_checks import Gpu, run_gpu_checks
 from restyle_deploy.ops import compiler
 from restyle_deploy.ops.kernels.image_launches import IMAGE_INSTANTIATIONS
 from restyle_deploy.ops.kernels.launches import INSTANTIATIONS
+from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import Parity
 from tests.backends.host_driver.stand_in import HostDriver
 
@@ -32,7 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that there is a GPU, for which every kernel compiles without a spill."""
     monkeypatch.setattr(gpu_checks, "_find_gpu", lambda: GPU)
     monkeypatch.setattr(compiler, "compile_kernels", compiled_with(spill_bytes=0))
-    for check in ("check_images", "check_loop", "check_memory"):
+    for check in ("check_images", "check_loop", "check_memory", "check_sanitizer"):
         monkeypatch.setattr(gpu_checks, check, functools.partial(find_nothing, check))
 
 
@@ -56,13 +59,14 @@ class Build:
 
     facts: dict[str, Any]
     error: Exception | None = None
+    error_of: tuple[str, ...] = ("fp16",)
     latent_error: float = 1e-6
     built: list[tuple[Any, Path]] = field(default_factory=list)
 
     def build_engine(self, bundle: Path, options: Any) -> Any:
         assert (bundle / "manifest.json").is_file()
         self.built.append((options, bundle))
-        if self.error is not None and options.precision == "fp16":
+        if self.error is not None and options.precision in self.error_of:
             raise self.error
         return SimpleNamespace(build=self.facts)
 
@@ -75,10 +79,12 @@ class Build:
 def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     """Let engines be built and verified by the returned object, whatever the library."""
     made = Build(facts={"verified": True, "plugin_route": "aot"})
-    monkeypatch.setattr(gpu_checks, "load_backend", lambda name: None)
+    monkeypatch.setattr(gpu_engine_checks, "load_backend", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(restyle_deploy.build, "build_engine", made.build_engine)
     monkeypatch.setattr(restyle_deploy.verify, "verify_bundle", made.verify_bundle)
+    for check in ("_check_batches", "_check_caches"):  # which run the engine: see below
+        monkeypatch.setattr(gpu_engine_checks, check, lambda copy, options: "toy")
     return made
 
 
@@ -158,7 +164,7 @@ def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch, is_wro
     from restyle_deploy.ops import cuda_ops
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_kernel_checks, "DEVICE", "cpu")
     if is_wrong:
         exact = cuda_ops.upfirdn2d_epilogue
         monkeypatch.setattr(cuda_ops, "upfirdn2d_epilogue", lambda *args, **kwargs: 1.01 * exact(*args, **kwargs))
@@ -170,13 +176,16 @@ def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch, is_wro
 @pytest.mark.usefixtures("gpu")
 def test_engines_are_built_from_a_copy_and_opened_again(build: Build) -> None:
     report = run_gpu_checks(DEMO)
-    asked = [(options.backend, options.precision, options.engine.given) for options, _ in build.built]
-    each = [(precision, engine.given) for precision, engine in gpu_checks.ENGINES.values()]
+    asked = [
+        (options.backend, options.precision, options.engine.given, options.plugin_route) for options, _ in build.built
+    ]
+    each = [(precision, engine.given, route) for precision, engine, route in gpu_engine_checks.WAYS.values()]
     assert asked == [(backend, *one) for backend in ("tensorrt", "tensorrt-rtx") for one in each]
     assert all(path != DEMO and not path.exists() for _, path in build.built)
     assert {options.device for options, _ in build.built} == {"cuda:0"}
     detail = report.outcomes["tensorrt"].detail
     assert detail.startswith("fp32 passed: kernels: aot, latents within 1.0e-06; ")
+    assert detail.endswith("; batches passed: toy; caches passed: toy")
     assert report.is_sound
 
 
@@ -203,9 +212,15 @@ def test_what_this_gpu_lacks_is_not_a_failure(build: Build) -> None:
 @pytest.mark.usefixtures("gpu")
 def test_a_library_that_cannot_build_for_this_gpu_is_not_run(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     build.error = BackendUnavailableError("not for sm_90")
-    monkeypatch.setattr(gpu_checks, "ENGINES", {"fp16": gpu_checks.ENGINES["fp16"]})
+    monkeypatch.setattr(gpu_engine_checks, "WAYS", {"fp16": gpu_engine_checks.WAYS["fp16"]})
+    for check in ("_check_batches", "_check_caches"):
+        monkeypatch.setattr(gpu_engine_checks, check, gpu_engine_checks._build_and_verify)
+    build.error_of = ("fp16", "fp32")
     outcome = run_gpu_checks(DEMO).outcomes["tensorrt-rtx"]
-    assert (outcome.status, outcome.detail) == ("not run", "fp16 not run: not for sm_90")
+    assert (outcome.status, outcome.detail) == (
+        "not run",
+        "; ".join(f"{name} not run: not for sm_90" for name in ("fp16", "batches", "caches")),
+    )
 
 
 @pytest.mark.usefixtures("gpu")
@@ -250,3 +265,131 @@ def test_command_exits_with_1_where_a_check_failed(monkeypatch: pytest.MonkeyPat
 def test_a_bundle_without_gpu_is_wrong_usage(tmp_path: Path) -> None:
     result = CliRunner().invoke(doctor, ["--bundle", str(tmp_path)])
     assert (result.exit_code, "--bundle goes with --gpu" in result.output) == (2, True)
+
+
+# Kernels in a graph, and under compute-sanitizer
+
+
+@pytest.mark.parametrize("is_replayed", [True, False])
+def test_kernels_are_replayed_on_other_images(monkeypatch: pytest.MonkeyPatch, is_replayed: bool) -> None:
+    """On the CPU, with a stand-in for the recording."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_kernel_checks, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_kernel_checks, "_capture", lambda run: run if is_replayed else lambda: None)
+    if is_replayed:
+        assert gpu_kernel_checks.capture_kernels() == "4 kernels replayed on other images: the same bits"
+        return
+    with pytest.raises(VerificationError, match="a replay gives other results than a call: no filter"):
+        gpu_kernel_checks.capture_kernels()
+
+
+SANITIZER = """#!/bin/sh
+echo "$2" >> "{notes}"
+[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3
+{action}
+"""
+
+
+@pytest.fixture
+def sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Make a compute-sanitizer that does something; return where it notes the tools."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def make(action: str) -> Path:
+        program, notes = tmp_path / "compute-sanitizer", tmp_path / "notes"
+        program.write_text(SANITIZER.format(notes=notes, action=action), encoding="utf-8")
+        program.chmod(0o755)
+        return notes
+
+    return make
+
+
+def test_all_tools_of_the_sanitizer_run(sanitizer: Callable[[str], Path]) -> None:
+    notes = sanitizer("exit 0")
+    assert gpu_kernel_checks.check_sanitizer() == "memcheck, racecheck, synccheck, initcheck find nothing"
+    assert notes.read_text(encoding="utf-8").split() == list(gpu_kernel_checks.SANITIZER_TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "message"),
+    [
+        ("echo '========= Invalid __global__ read'; exit 86", VerificationError, "memcheck: Invalid __global__ read"),
+        ("echo 'no module'; exit 1", VerificationError, "memcheck: no module"),
+        ("echo 'Error: Device not supported'; exit 1", BackendUnavailableError, "says: Device not supported"),
+        ("exec sleep 5", VerificationError, "memcheck: it does not end within 0.1 s"),
+    ],
+)
+def test_what_the_sanitizer_finds_is_told(
+    sanitizer: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+    error: type[Exception],
+    message: str,
+) -> None:
+    sanitizer(action)
+    if "sleep" in action:
+        monkeypatch.setattr(gpu_kernel_checks, "SANITIZER_SECONDS", 0.1)
+    with pytest.raises(error, match=message):
+        gpu_kernel_checks.check_sanitizer()
+
+
+def test_no_sanitizer_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_kernel_checks, "SANITIZER_PLACES", (str(tmp_path),))
+    with pytest.raises(BackendUnavailableError, match="compute-sanitizer is neither on the PATH nor in"):
+        gpu_kernel_checks.check_sanitizer()
+
+
+# Batches and caches of an engine, tried on ONNX Runtime on the CPU
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path, tmp_path: Path) -> Path:
+    monkeypatch.setattr(gpu_engine_checks, "DEVICE", "cpu")
+    return Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
+
+
+def test_batches_split_in_two_ways_agree(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BuildOptions(backend="onnxruntime")
+    found = gpu_engine_checks._check_batches(on_cpu, options=options)
+    assert re.fullmatch(r"of 2 to 4: 5 images split in two ways, latents within \d\.\de[-+]\d\d", found)
+    invert = Session.invert
+
+    def invert_wrongly(session: Session, images: Any, *, max_batch: int | None = None, **options: Any) -> Any:
+        result = invert(session, images, **options)
+        return result if max_batch is None else SimpleNamespace(latents=result.latents + max_batch)
+
+    monkeypatch.setattr(Session, "invert", invert_wrongly)
+    with pytest.raises(VerificationError, match=r"5 images as 4 and 1, and as 2, 2 and 1: latents differ by 2"):
+        gpu_engine_checks._check_batches(on_cpu, options=options)
+
+
+@pytest.mark.parametrize("keeps", ["nothing", "the same", "something else"])
+def test_caches_are_used_again(on_cpu: Path, monkeypatch: pytest.MonkeyPatch, keeps: str) -> None:
+    engine = on_cpu / "engines" / "toy"
+    opened: list[Path] = []
+
+    def keep(bundle: Path, *_: Any) -> None:
+        opened.append(bundle)
+        if keeps != "nothing":
+            engine.mkdir(parents=True, exist_ok=True)
+            content = b"kept" if keeps == "the same" else str(len(opened)).encode()
+            (engine / "generator.runtime.cache").write_bytes(content)
+            (engine.parent / "timing-toy.cache").write_bytes(b"measured")
+
+    monkeypatch.setattr(restyle_deploy.build, "build_engine", keep)
+    monkeypatch.setattr(gpu_engine_checks, "_run_once", keep)
+    if keeps == "the same":
+        found = gpu_engine_checks._check_caches(on_cpu, options=BuildOptions(backend="onnxruntime"))
+        assert found.startswith("timing-toy.cache 8 bytes, generator.runtime.cache 4 bytes; build 0.0 s, again")
+        assert len(opened) == 4
+        return
+    message = {"nothing": "has kept nothing for the next one", "something else": "has made its cache anew"}[keeps]
+    with pytest.raises(VerificationError, match=message):
+        gpu_engine_checks._check_caches(on_cpu, options=BuildOptions(backend="onnxruntime"))
+
+
+def test_engine_is_opened_and_run(on_cpu: Path) -> None:
+    build_engine(on_cpu, BuildOptions(backend="onnxruntime"))
+    gpu_engine_checks._run_once(on_cpu, "onnxruntime")

@@ -13,6 +13,7 @@ from restyle_deploy.backends import BACKENDS
 from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.device_array import Array
+from restyle_deploy.errors import BuildError
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
 from restyle_deploy.planner import (
@@ -383,3 +384,59 @@ def test_choice_that_takes_more_memory_must_gain_more(winograd: float, chosen: s
     site = Site(family="convolution", layer="layer", shape="shape", inputs=(), outputs=(), work=1.0)
     times = {site.key: {"direct": 1.0, "winograd": winograd}}
     assert choose([site], times, {"convolution": "direct"}) == {site.name: chosen}
+
+
+class RefusingBackend(TimedBackend):
+    """Refuses graphs that have an operator."""
+
+    def __init__(self, *operators: str) -> None:
+        super().__init__()
+        self._operators = set(operators)
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
+        refused = self._operators & {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+        if refused:
+            raise BuildError(f"no {refused.pop()} here")
+        return super().build(graph, engine, options, request)
+
+
+def test_choice_that_is_refused_is_left_out(generator: ir.Model, caplog: pytest.LogCaptureFixture) -> None:
+    """As TensorRT for RTX refuses transposed convolutions of bfloat16 maps."""
+    sites, told = sites_of(generator, "upsampling")[:1], list[tuple[str, str]]()
+    times = measure_sites(
+        generator,
+        sites,
+        backend=RefusingBackend("ConvTranspose"),
+        options=RunnerOptions(),
+        clock=Clock(seconds=1e9),
+        refused=lambda key, choice: told.append((key, choice)),
+    )
+    key = sites[0].key
+    assert set(times[key]) == {"phases", "polyphase"}
+    assert {choice for _, choice in told} == set(FAMILIES["upsampling"].choices) - {"phases", "polyphase"}
+    assert f"{key}: merged is left out: no ConvTranspose here" in caplog.text
+    assert set(choose(sites, times, TABLE_OF_TESTS).values()) <= {"phases", "polyphase"}
+
+
+def test_no_choice_left_is_an_error(generator: ir.Model) -> None:
+    backend = RefusingBackend("Conv", "ConvTranspose")
+    with pytest.raises(BuildError, match="upsampling .*: no way to compute it is taken; the last one: no Conv"):
+        measure(generator, sites_of(generator, "upsampling")[:1], backend)
+    assert backend.open == 0
+
+
+def test_exported_graph_that_is_refused_is_no_alternative(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned = replace(bundle.graphs["generator"], path=tmp_path / "generator.engine")
+    planned.path.write_text("/node", encoding="utf-8")
+    backend = RefusingBackend("ConvTranspose")
+    times = measure_whole(
+        bundle.graphs["generator"], planned, None, backend=backend, options=RunnerOptions(), request=DEFAULT_REQUEST
+    )
+    assert set(times) == {"planned"}
+    assert times["planned"] > 0
+    assert "the exported graph is no alternative to the plan: no ConvTranspose here" in caplog.text
+    assert backend.open == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from restyle_deploy.tuning import Conditions, read_times, write_times
+from restyle_deploy.tuning import Conditions, read_refused, read_times, write_times
 
 CONDITIONS = Conditions(
     backend="fake", device="cpu", precision="fp32", threads=2, library_versions={"fake": "1.0"}, processor="Abacus"
@@ -101,3 +101,14 @@ def test_file_of_another_format_is_left_out(tmp_path: Path) -> None:
     content = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
     (tmp_path / FILE).write_text(json.dumps({**content, "format_version": 2}), encoding="utf-8")
     assert read_times(tmp_path, CONDITIONS) == {}
+
+
+def test_refused_choices_are_kept_apart(tmp_path: Path) -> None:
+    assert read_refused(tmp_path, CONDITIONS) == {}
+    write_times(tmp_path, CONDITIONS, TIMES, refused={"skip 1→1 to 3×8×8": ("merged",)})
+    assert read_refused(tmp_path, CONDITIONS) == {"skip 1→1 to 3×8×8": ("merged",)}
+    assert read_times(tmp_path, CONDITIONS) == TIMES
+    assert read_refused(tmp_path, replace(CONDITIONS, threads=1)) == {}
+    (tmp_path / FILE).write_text(json.dumps({"format_version": 1, "entries": [entry(refused={"a": [1]})]}))
+    assert read_times(tmp_path, CONDITIONS) == {}
+    assert read_refused(tmp_path, CONDITIONS) == {}

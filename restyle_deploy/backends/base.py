@@ -1,7 +1,7 @@
 """What a backend module offers. The session knows nothing else of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,7 +12,13 @@ from restyle_deploy.tensors import TensorSpec
 
 EXACT_PRECISION = "fp32"
 # Computed in another one, results differ by more than rounding.
-PRECISIONS = (EXACT_PRECISION, "tf32", "fp16", "bf16")
+UNIFORM_PRECISIONS = (EXACT_PRECISION, "tf32", "fp16", "bf16")
+# The encoder in float32, whose rounding the latents keep; the generator, which takes most of the time, in bfloat16.
+MIXED_PRECISION = "mixed"
+PRECISIONS = (*UNIFORM_PRECISIONS, MIXED_PRECISION)
+_MIXED: Mapping[str, str] = MappingProxyType(
+    {"encoder": EXACT_PRECISION, "target": EXACT_PRECISION, "generator": "bf16", "preview": "bf16"}
+)
 # The plugin route of an engine that has none of our kernels.
 WITHOUT_PLUGINS = "functions"
 # Names of `EngineOptions` on a command line.
@@ -30,6 +36,11 @@ OPTION_NAMES: Mapping[str, str] = MappingProxyType(
         "no_plugins": "no-plugins",
     }
 )
+
+
+def precision_of_graph(precision: str, role: str) -> str:
+    """Return what a graph (`encoder`, `target`, `generator`, `preview`) computes in: one of `UNIFORM_PRECISIONS`."""
+    return _MIXED[role] if precision == MIXED_PRECISION else precision
 
 
 class Queue(Protocol):
@@ -58,6 +69,7 @@ class RunnerOptions:
         device: one of the backend's `devices()`.
         threads: CPU threads of one run; None leaves the choice to the library.
         precision: one of `PRECISIONS`, in which the library computes; inputs and outputs are float32 in any case.
+            A backend's `build` and `load` are given one of `UNIFORM_PRECISIONS`.
         host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
         plugin_route: how our kernels are in the engine, by its record; None: as the backend would put them into one.
         queue: of the GPU, owned by the session; None on the CPU, and where graphs are built but not run.
@@ -72,6 +84,10 @@ class RunnerOptions:
     queue: Queue | None = None
     is_compiled: bool = False
 
+    def for_graph(self, role: str) -> "RunnerOptions":
+        """Return the options of one graph, whose precision is one of `UNIFORM_PRECISIONS`."""
+        return replace(self, precision=precision_of_graph(self.precision, role))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -83,7 +99,7 @@ class EngineOptions:
         optimization_level: 0 to 5; higher ones build for longer.
         compute_capabilities: of the devices that it is for, such as "8.9", wherever it is built.
         hardware_compatible: whether it shall run on newer devices too.
-        version_compatible: whether it shall run with newer versions of the library too.
+        version_compatible: whether it shall run with newer versions of the library too, of the same major.
         stripped: whether it leaves the weights out, which are then taken from the bundle's graphs when it is loaded.
         no_plugins: whether the library's own operations take the place of our kernels.
     """

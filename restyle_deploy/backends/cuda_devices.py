@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from restyle_deploy.backends.base import Queue, RunnerOptions
-from restyle_deploy.cuda_driver import current_context, primary_context
+from restyle_deploy.cuda_driver import REMEDY, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
+from restyle_deploy.errors import DeviceError
 
 
 def find_devices() -> tuple[tuple[str, ...], str]:
@@ -62,6 +63,18 @@ def queue_of(options: RunnerOptions) -> Queue:
             f"open one: restyle_deploy.runtime.device.open_device({options.device!r})"
         )
     return options.queue
+
+
+def device_error(subject: str, error: BaseException | str, *, what: str = "run the graph") -> DeviceError:
+    """Return what a library says of what a GPU refused, as an error of one line with what may mend it.
+
+    Args:
+        subject: who says it.
+        error: the library's, or its message.
+        what: it cannot do.
+    """
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return DeviceError(f"{subject} cannot {what}: {reason.rstrip('.')}; {REMEDY}")
 
 
 def end_capture(stream: int) -> None:

@@ -34,6 +34,7 @@ from restyle_deploy.backends.tensorrt_library import (
     batches_of,
     check_precision,
     check_processor,
+    describe_gpu,
     describe_library,
     list_targets,
     named_processors,
@@ -87,10 +88,16 @@ class TensorRtBackend:
         check_processor(self._library, options.precision, find_processor(options.device))
 
     def processors(self, device: str) -> tuple[str, ...]:
-        """Return the GPU's compute capability, "sm_89" style, and the name of a range that has it."""
+        """Return the GPU's compute capability, "sm_89" style; of TensorRT its model, and a range that it is in.
+
+        What TensorRT has measured on one model is no measure for another of the same compute capability. TensorRT for
+        RTX measures nothing until an engine is loaded.
+        """
         processor = find_processor(device)
-        in_range = not self._library.builds_anywhere and number_of(processor) >= AMPERE
-        return (processor, AMPERE_AND_NEWER) if in_range else (processor,)
+        if self._library.builds_anywhere:
+            return (processor,)
+        model = describe_gpu(find_name(device), processor)
+        return (model, AMPERE_AND_NEWER) if number_of(processor) >= AMPERE else (model,)
 
     def plugin_hash(self) -> str | None:
         """Return the hash of our kernels' sources; None where the library takes no plugins."""
@@ -107,9 +114,9 @@ class TensorRtBackend:
         refuse_engine_options(self._library.backend, engine, self.ENGINE_OPTIONS)
         batches = batches_of(engine)
         processors, refusal = self._targets(options, engine)
-        route, plugin_hash = self._kernels(is_wanted=not engine.no_plugins)
+        route, plugin_hash = self._kernels(is_wanted=not engine.no_plugins, wanted=options.plugin_route)
         return BuildTarget(
-            processor=join_processors(processors),
+            processor=self._processor_of_record(options.device, processors),
             refusal=refusal,
             has_kernels=route != WITHOUT_PLUGINS,
             facts={
@@ -175,12 +182,25 @@ class TensorRtBackend:
             if weights is not None:
                 typed = self._typed_graph(weights, folder, options, DEFAULT_REQUEST.engine)
             if file.suffix == ".onnx":
-                plan: Any = self._network(file, folder, options, DEFAULT_REQUEST).build()
+                plan: Any = self._build_exported(file, folder, options)
             else:
                 plan = _read(file, self._trt)
             engine = load_engine(self._trt, plan, options, name=file.name, weights=typed)
         cache = file.with_suffix(".runtime.cache") if self._library.builds_anywhere and file.suffix != ".onnx" else None
         return TensorRtRunner(engine, inputs, outputs, device=options.device, queue=queue, cache=cache)
+
+    def _build_exported(self, graph: Path, folder: Path, options: RunnerOptions) -> Any:
+        """Return the serialised engine of an exported graph, for whoever leaves built ones aside."""
+        try:
+            return self._network(graph, folder, options, DEFAULT_REQUEST).build()
+        except BuildError as error:
+            if not self._library.builds_anywhere or options.precision != "bf16":
+                raise
+            raise BuildError(
+                f"{error}; as exported, a generator has transposed convolutions, which TensorRT for RTX does not take "
+                "of bfloat16 maps, and a built engine has none: leave out --plain (plain=True), after "
+                "restyle-deploy build BUNDLE --backend tensorrt-rtx --precision bf16, or use --precision fp16"
+            ) from error
 
     def _network(self, graph: Path, folder: Path, options: RunnerOptions, request: BuildRequest) -> Any:
         """Return the network of an ONNX file, typed by the precision; `folder` takes a copy with weights."""
@@ -212,9 +232,16 @@ class TensorRtBackend:
         most = batches_of(engine)[2]
         return write_typed_graph(graph, folder, precision=options.precision, route=route, arch=arch, max_batch=most)
 
-    def _kernels(self, *, is_wanted: bool) -> tuple[str, str | None]:
-        """Return how our kernels come into engines, and their hash; "functions" and None where they do not."""
-        route = _plugins().choose_route(self._trt)[0] if is_wanted else WITHOUT_PLUGINS
+    def _kernels(self, *, is_wanted: bool, wanted: str | None = None) -> tuple[str, str | None]:
+        """Return how our kernels come into engines, and their hash; "functions" and None where they do not.
+
+        Raises:
+            BackendUnavailableError: they do not come in the way that is wanted; None is the best one.
+        """
+        best, reason = _plugins().choose_route(self._trt) if is_wanted else (WITHOUT_PLUGINS, "")
+        route = wanted or best
+        if best == WITHOUT_PLUGINS != route or (route == "aot" != best):
+            raise BackendUnavailableError(f"backend {self._library.backend}: no plugins by the route {route}: {reason}")
         if route == WITHOUT_PLUGINS:
             return route, None
         from restyle_deploy.ops.compiler import kernel_source_hash
@@ -237,6 +264,11 @@ class TensorRtBackend:
         for processor in processors:
             check_processor(self._library, options.precision, processor)
         return processors, self._refusal(options, engine, processors)
+
+    def _processor_of_record(self, device: str, processors: tuple[str, ...]) -> str:
+        """Return what engines for some processors have in their record."""
+        is_for_one_model = not self._library.builds_anywhere and AMPERE_AND_NEWER not in processors
+        return describe_gpu(find_name(device), processors[0]) if is_for_one_model else join_processors(processors)
 
     def _check_device_of_target(self, device: str) -> None:
         """Raise `BackendUnavailableError` unless there is such a GPU or, where there is none, may be."""

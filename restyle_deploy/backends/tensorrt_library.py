@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from restyle_deploy.backends.base import PRECISIONS, EngineOptions
+from restyle_deploy.backends.base import UNIFORM_PRECISIONS, EngineOptions
 from restyle_deploy.errors import BackendUnavailableError
 
 LOGGER = logging.getLogger(__name__)
@@ -68,9 +68,10 @@ def batches_of(engine: EngineOptions) -> tuple[int, int, int]:
 
 def check_precision(library: Library, precision: str) -> None:
     """Raise `BackendUnavailableError` unless there is such a precision."""
-    if precision not in PRECISIONS:
+    if precision not in UNIFORM_PRECISIONS:
         raise BackendUnavailableError(
-            f"backend {library.backend}: precision {precision} cannot run here: known are {', '.join(PRECISIONS)}"
+            f"backend {library.backend}: precision {precision} cannot run here: "
+            f"known are {', '.join(UNIFORM_PRECISIONS)}"
         )
 
 
@@ -86,6 +87,11 @@ def check_processor(library: Library, precision: str, processor: str) -> None:
 def number_of(processor: str) -> int:
     """Return the number in `sm_89`."""
     return int(processor.removeprefix("sm_"))
+
+
+def describe_gpu(name: str, processor: str) -> str:
+    """Return what the record of an engine for one model of GPU has as `processor`: "NVIDIA L4 (sm_89)"."""
+    return f"{name} ({processor})"
 
 
 def list_targets(trt: Any) -> dict[str, str]:
@@ -110,10 +116,12 @@ def named_processors(library: Library, trt: Any, capabilities: tuple[str, ...]) 
     return tuple(targets[capability] for capability in dict.fromkeys(capabilities))
 
 
-def create_logger(trt: Any) -> Any:
+def create_logger(trt: Any, *, warning_level: int = logging.INFO) -> Any:
     """Return a TensorRT logger that hands messages on to `logging` and keeps what only the log tells.
 
-    That is the errors, in its list `errors`, and in `engine_layers` the text on the last engine's layers, if any.
+    The library's warnings get this level: those that a build gives are mostly about choices that are not a user's.
+    What is kept are the errors, in the list `errors`, and the text on the last engine's layers, if any, in
+    `engine_layers`.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -129,7 +137,7 @@ def create_logger(trt: Any) -> Any:
                 self.errors.append(message)
                 LOGGER.info("error: %s", message)  # what it leads to is raised, or told by a warning
             elif severity == trt.ILogger.Severity.WARNING:
-                LOGGER.info("%s", message)
+                LOGGER.log(warning_level, "%s", message)
             else:
                 LOGGER.debug("%s", message)
 

@@ -54,7 +54,7 @@ def write_typed_graph(
     Args:
         graph: the ONNX file.
         folder: takes the new one and its weights.
-        precision: one of `base.PRECISIONS`.
+        precision: one of `base.UNIFORM_PRECISIONS`.
         route: see `tensorrt_plugins.register_plugins`.
         arch: that plugins' kernels are compiled for, "sm_89" style; None without plugins.
         max_batch: the most images of one run.

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from restyle_deploy.backends.tensorrt_plugins import (
     FACTOR_INPUTS,
     INPUTS,
+    JIT_NAMESPACE,
     NAMESPACE,
     PARAMETERS,
     TYPED_LIKE_X,
@@ -68,7 +69,7 @@ def _bind(model: ir.Model, node: ir.Node, operation: Operation, *, is_aot: bool,
         inputs.append(_as_type(edit, value, dtype) if value else _neutral(edit, name, dtype, neutral))
     attributes: dict[str, Attribute] = {
         PARAMETERS: operation.to_parameters(),
-        "plugin_namespace": NAMESPACE,
+        "plugin_namespace": NAMESPACE if is_aot else JIT_NAMESPACE,
         "plugin_version": VERSION,
         **({"aot": 1} if is_aot else {}),
     }

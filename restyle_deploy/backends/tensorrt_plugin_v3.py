@@ -12,7 +12,7 @@ import tensorrt as trt
 
 from restyle_deploy.backends.tensorrt_plugins import (
     INPUTS,
-    NAMESPACE,
+    JIT_NAMESPACE,
     PARAMETERS,
     TENSOR_TYPES,
     TYPED_LIKE_X,
@@ -36,7 +36,7 @@ class KernelPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, t
         trt.IPluginV3OneRuntime.__init__(self)
         self.operation = operation
         self.plugin_name = operation.op_type
-        self.plugin_namespace = NAMESPACE
+        self.plugin_namespace = JIT_NAMESPACE
         self.plugin_version = VERSION
         self.num_outputs = 1
 
@@ -117,7 +117,7 @@ class KernelPluginCreator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused
     def __init__(self, op_type: str) -> None:
         trt.IPluginCreatorV3One.__init__(self)
         self.name = op_type
-        self.plugin_namespace = NAMESPACE
+        self.plugin_namespace = JIT_NAMESPACE
         self.plugin_version = VERSION
         field = trt.PluginField(PARAMETERS, np.array([], np.int32), trt.PluginFieldType.INT32)
         self.field_names = trt.PluginFieldCollection([field])
@@ -136,8 +136,8 @@ def register() -> None:
     """Register the creators of our plugins; those that are registered stay."""
     registry = trt.get_plugin_registry()
     for op_type in INPUTS:
-        if registry.get_creator(op_type, VERSION, NAMESPACE) is None:
-            registry.register_creator(KernelPluginCreator(op_type), NAMESPACE)
+        if registry.get_creator(op_type, VERSION, JIT_NAMESPACE) is None:
+            registry.register_creator(KernelPluginCreator(op_type), JIT_NAMESPACE)
 
 
 def _is_unpadded_channels_last(described: Any) -> bool:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 PluginRoute: TypeAlias = Literal["aot", "jit", "functions"]
 
 NAMESPACE = DOMAIN
+# Those that Python launches are registered apart: both routes may be used in one process, and an engine of one of them
+# would find the other's.
+JIT_NAMESPACE = f"{NAMESPACE}_jit"
 VERSION = "1"  # of the plugins, and of what `Operation.to_parameters` means: an engine finds no plugin of another one
 PARAMETERS = "parameters"
 # Names of the inputs, in the order of the kernels' pointers.

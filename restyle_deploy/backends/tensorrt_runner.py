@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
-from restyle_deploy.backends.cuda_devices import device_arrays, index_of
+from restyle_deploy.backends.cuda_devices import device_arrays, device_error, index_of
 from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
 from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
@@ -35,6 +35,11 @@ class LoadedEngine:
             reason = describe_errors(self.logger.errors[-1:])
             raise BuildError(f"{describe_library(self.trt)} cannot {what}: {reason}")
 
+    def require_of_device(self, done: Any, what: str) -> None:
+        """Raise `DeviceError` likewise: what is refused when the engine is used is mostly the GPU's memory."""
+        if not done:
+            raise device_error(describe_library(self.trt), describe_errors(self.logger.errors[-1:]), what=what)
+
 
 def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weights: Path | None) -> LoadedEngine:
     """Deserialise an engine on a device.
@@ -49,7 +54,7 @@ def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weigh
         BuildError: the library refuses the engine, or the weights do not fit it.
     """
     with current_context(primary_context(index_of(options.device))):
-        logger = create_logger(trt)
+        logger = create_logger(trt, warning_level=logging.WARNING)  # such as: of another model of GPU
         runtime = trt.Runtime(logger)
         runtime.engine_host_code_allowed = options.host_code_allowed
         engine = runtime.deserialize_cuda_engine(plan)
@@ -62,14 +67,27 @@ def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weigh
 
 
 def _refit(loaded: LoadedEngine, weights: Path, *, name: str) -> None:
+    """Put all weights back; raise `BuildError` if one is missing.
+
+    That none is missing is what the parser says, which counts those that it gives against all that the engine names:
+    TensorRT for RTX may keep silent about missing ones (pytorch/TensorRT, pull request 4198). Of an engine that names
+    none the parser says so too.
+    """
     trt, logger = loaded.trt, loaded.logger
     refitter = trt.Refitter(loaded.engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
-    fits = parser.refit_from_file(str(weights)) and not refitter.get_missing_weights() and refitter.refit_cuda_engine()
-    if not fits:
-        missing = refitter.get_missing_weights()
-        reason = f"no weights for {', '.join(missing[:3])}" if missing else describe_errors(logger.errors)
-        raise BuildError(f"{describe_library(trt)} cannot put the weights back into {name}: {reason}")
+    if not refitter.get_all_weights():
+        reason = "it names none that it takes"
+    elif not parser.refit_from_file(str(weights)):
+        told = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        reason = describe_errors([*told, *logger.errors])
+    elif missing := refitter.get_missing_weights():
+        reason = f"no weights for {', '.join(missing[:3])}"
+    elif not refitter.refit_cuda_engine():
+        reason = describe_errors(logger.errors)
+    else:
+        return
+    raise BuildError(f"{describe_library(trt)} cannot put the weights back into {name}: {reason}")
 
 
 class TensorRtRunner:
@@ -116,7 +134,8 @@ class TensorRtRunner:
 
         Raises:
             ShapeError: a buffer does not fit, or the batch lies outside the engine's profile.
-            BuildError: there is no execution context to be had, for want of memory mostly.
+            BuildError: the library refuses the shape.
+            DeviceError: there is no execution context to be had, for want of memory mostly.
         """
         if self._settings is None:
             raise ValueError("the runner is closed")
@@ -140,10 +159,11 @@ class TensorRtRunner:
         """Wait, release the engine, and keep what the device compiled for the next time; safe to call twice."""
         if self._settings is None:
             return
+        settings, self._settings = self._settings, None  # whatever fails below, it is closed
         with current_context(self._cuda):
             call("cuStreamSynchronize", self._queue.stream)
-            self._settings.save()
-            self._settings = None
+            settings.save()
+            del settings  # the engine goes while its device is current
 
 
 class _Context:
@@ -163,6 +183,8 @@ class _Context:
         Args:
             arrays: by name.
             run: tells runs apart.
+        Raises:
+            DeviceError: the library cannot run the engine, or refuses an address.
         """
         if not self._has_memory:
             # At the first run: by now all graphs that share the memory are loaded.
@@ -174,9 +196,9 @@ class _Context:
             self._bound = None
             for name, array in arrays.items():
                 done = self._context.set_tensor_address(name, array.address)
-                self._loaded.require(done, f"take the address of {name}")
+                self._loaded.require_of_device(done, f"take the address of {name}")
             self._bound = run
-        self._loaded.require(self._context.execute_async_v3(self._queue.stream), "run the engine")
+        self._loaded.require_of_device(self._context.execute_async_v3(self._queue.stream), "run the engine")
 
     def is_capturable(self) -> bool:
         """Whether the library says that a stream's capture can record its runs; those that do not tell can."""
@@ -225,9 +247,9 @@ class _ContextSettings:
             config.set_runtime_cache(self._cache)
 
     def create_context(self) -> Any:
-        """Return a new execution context without memory; raise `BuildError` if the library refuses."""
+        """Return a new execution context without memory; raise `DeviceError` if the library refuses."""
         context = self.loaded.engine.create_execution_context(self._given)
-        self.loaded.require(context is not None, "create an execution context")
+        self.loaded.require_of_device(context is not None, "create an execution context")
         return context
 
     def save(self) -> None:

@@ -77,7 +77,11 @@ def _parse_loads(
 @click.option(
     "--strips", "picture_count", type=click.IntRange(min=0), default=8, show_default=True, help="Image strips."
 )
-@click.option("--budget-ms", type=click.FloatRange(0, 1e9, min_open=True), help="Choose within this p95 of a call.")
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(0, 1e9, min_open=True),
+    help="Choose within this p95 of a call: by its upper bound from 59 calls on, else by the slowest call.",
+)
 @click.option(
     "--min-quality",
     "minimums",

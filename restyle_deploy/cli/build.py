@@ -59,10 +59,14 @@ def build(
     reference model's results where the engine can run here. `invert` and `bench` use the engine from then on. Needs the
     extra: pip install 'restyle-deploy[build]'.
 
+    TensorRT keeps its timing cache in BUNDLE/engines/timing-<library>-<version>-<GPU>.cache, and --tune what it
+    measures in BUNDLE/engines/tuning.json; later builds begin with both, and both may be removed.
+
     \b
     On GPUs:
       restyle-deploy build faces --backend tensorrt --precision fp16 --max-batch 16 --workspace 4G
       restyle-deploy build faces --backend tensorrt --precision fp16 --stripped --hardware-compatible
+      restyle-deploy build faces --backend tensorrt --version-compatible --optimization-level 5
       restyle-deploy build faces --backend tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0
       restyle-deploy build faces --backend tensorrt-rtx --precision fp16 --dry-run
 

@@ -27,8 +27,9 @@ def doctor(context: click.Context, gpu: bool, bundle: Path | None, as_json: bool
     """Tell what is installed, what can run here, and how to mend the rest.
 
     Exits with 1 if no backend can run. With --gpu: compiles our kernels for the GPU, compares them with torch and
-    Pillow, tries the loop on the device, builds and verifies engines, prints what came of it as the row for the table
-    in docs/gpu.md, and exits with 1 if a check failed or there is no GPU.
+    Pillow, runs compute-sanitizer on them where it is installed, tries the loop on the device, builds and verifies
+    engines in each way, prints what came of it as the row for the table in docs/gpu.md, and exits with 1 if a check
+    failed or there is no GPU.
 
     Example: restyle-deploy doctor
 

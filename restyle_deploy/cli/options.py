@@ -22,7 +22,9 @@ preview_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-PRECISION_HELP = "What is computed in; all but fp32 are approximate."
+PRECISION_HELP = (
+    "What is computed in; all but fp32 are approximate. mixed: the encoder in fp32, the generator in bf16 (openvino)."
+)
 
 
 def device_option(help_text: str) -> Decorator:
@@ -100,7 +102,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--hardware-compatible", is_flag=True, help="TensorRT: the engine runs on all GPUs from Ampere on, slower."
         ),
         click.option(
-            "--version-compatible", is_flag=True, help="TensorRT: the engine runs with later versions of the library."
+            "--version-compatible",
+            is_flag=True,
+            help="TensorRT: the engine runs with later versions of the same major version of the library.",
         ),
         click.option(
             "--stripped",

@@ -235,6 +235,19 @@ def _compiler_version() -> str:
         return f"{major}.{minor}"
 
 
+def _headers_version() -> str:
+    """Return the version of the CUDA headers, of their package where there is one; else that in `cuda.h`."""
+    folder = _header_folder()
+    try:
+        distribution = importlib.metadata.distribution("nvidia-cuda-runtime")
+    except importlib.metadata.PackageNotFoundError:  # a toolkit's
+        distribution = None
+    if distribution is not None and folder.is_relative_to(Path(str(distribution.locate_file(""))).resolve()):
+        return distribution.version
+    found = re.search(r"#define CUDA_VERSION (\d+)", (folder / "cuda.h").read_text(encoding="utf-8", errors="replace"))
+    return found[1] if found else str(folder)
+
+
 def _header_folder() -> Path:
     """Return the folder of `cuda_fp16.h`: a package's, or an installed toolkit's."""
     from cuda.pathfinder import find_nvidia_header_directory
@@ -247,7 +260,8 @@ def _header_folder() -> Path:
 
 def _cache_key(source: str, expressions: Sequence[str], *, arch: str, format: CodeFormat) -> str:
     headers = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.cuh"))]
-    facts = [CACHE_VERSION, source, headers, list(expressions), arch, format, LANGUAGE, _compiler_version()]
+    versions = [_compiler_version(), _headers_version()]
+    facts = [CACHE_VERSION, source, headers, list(expressions), arch, format, LANGUAGE, versions]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

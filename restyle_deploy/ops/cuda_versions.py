@@ -75,9 +75,10 @@ def check_driver() -> None:
     if driver is None or compiler[0] <= driver[0]:
         return
     has_compiler = driver >= LEAST_DRIVER
+    mend = f"run: {_matching_compiler(driver)}" if has_compiler else f"it has to be {_format(LEAST_DRIVER)} or newer"
     raise BackendUnavailableError(
         f"the CUDA kernels are compiled by NVRTC {_format(compiler)}, and the driver is of CUDA {_format(driver)}; "
-        + (f"run: {_matching_compiler(driver)}" if has_compiler else f"it has to be {_format(LEAST_DRIVER)} or newer")
+        f"{mend}, or build TensorRT engines without our kernels: restyle-deploy build, with --no-plugins"
     )
 
 

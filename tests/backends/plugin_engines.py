@@ -137,7 +137,7 @@ def _memory_format(case: Case) -> torch.memory_format:
 
 def _build(trt: Any, model: bytes, *, channels_last: bool) -> bytes:
     builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
-    # Version 11 has no such flag: all networks are strongly typed.
+    # From version 11 on all networks are strongly typed: the flag is there for older programs, and ignored.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))

@@ -26,7 +26,9 @@ class RecordingLibrary:
         layers: what the inspector tells.
         memory_bytes: that a run of the next engine takes.
         batches: the fewest and the most images of a run.
-        refused: the call of an execution context that is refused, or `create_execution_context`.
+        refused: the call of an execution context that is refused, `create_execution_context`, or one of a refit.
+        weights: the names of those that an engine takes; and those that a refitter says to be missing.
+        configs: the builder's, whose attributes are what was set, in order.
         runs_are_capturable: what contexts say of it; None for a library that does not tell.
         contexts: in the order in which they were created, as long as they are alive.
     """
@@ -36,6 +38,8 @@ class RecordingLibrary:
     QuickPluginCreationRequest = object
     ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
     BuilderFlag = SimpleNamespace(TF32="tf32", STRIP_PLAN="strip", VERSION_COMPATIBLE="compatible")
+    HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="ampere+")
+    MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     LayerInformationFormat = SimpleNamespace(JSON="json")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
@@ -53,6 +57,8 @@ class RecordingLibrary:
         self.runs_are_capturable: bool | None = None
         self.contexts: WeakSet[RecordingContext] = WeakSet()
         self.layers = json.dumps({"Layers": [{"Name": "decoder.conv/Conv_0"}]})
+        self.weights, self.missing = ["decoder.weight"], list[str]()
+        self.configs: list[Any] = []
         self._cache = b""
 
     def note(self, name: str, returned: Any = None) -> Any:
@@ -93,18 +99,45 @@ class RecordingLibrary:
                 return False
             return True
 
-        return SimpleNamespace(
+        config = SimpleNamespace(
             set_flag=self.note("set_flag"),
             clear_flag=self.note("clear_flag"),
+            set_memory_pool_limit=self.note("set_memory_pool_limit"),
             add_optimization_profile=self.note("add_optimization_profile"),
             create_timing_cache=lambda content: content,
             set_timing_cache=attach,
             get_timing_cache=lambda: SimpleNamespace(serialize=lambda: MEASURED) if self.cache_is_kept else None,
         )
+        self.configs.append(config)
+        return config
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
         """Return a parser that takes any file."""
         return SimpleNamespace(parse_from_file=lambda path: True)
+
+    def Refitter(self, engine: Any, logger: Any) -> Any:
+        """Return what puts weights back."""
+
+        def refit() -> bool:
+            self.calls.append(("refit_cuda_engine",))
+            if self.refused == "refit_cuda_engine":
+                logger.log(1, "the sizes differ")
+            return self.refused != "refit_cuda_engine"
+
+        return SimpleNamespace(
+            get_all_weights=lambda: self.weights, get_missing_weights=lambda: self.missing, refit_cuda_engine=refit
+        )
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        """Return what reads weights from an ONNX file."""
+
+        def read(path: str) -> bool:
+            self.calls.append(("refit_from_file", path))
+            return self.refused != "refit_from_file"
+
+        error = SimpleNamespace(desc=lambda: "Only successfully refitted 0 weights out of 1")
+        count = int(self.refused == "refit_from_file")
+        return SimpleNamespace(refit_from_file=read, num_errors=count, get_error=lambda index: error)
 
     def Runtime(self, logger: Any) -> Any:
         """Return a runtime; what it allows is noted when it takes an engine."""

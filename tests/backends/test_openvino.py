@@ -1,6 +1,7 @@
 import gc
 import itertools
 import re
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,13 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends.base import Runner, RunnerOptions
+from restyle_deploy.build import BuildOptions, build_engine
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.ops import fused_bias_act, upfirdn2d
 from restyle_deploy.ops.onnx_functions import DOMAIN, OPSET
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
-from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
+from restyle_deploy.verify import TOLERANCES, check_parity, compare_with_expectation, load_expectation
 
 ov = pytest.importorskip("openvino")
 backend = load_backend("openvino")
@@ -337,8 +339,32 @@ def test_bf16_is_refused_without_its_instructions(
         backend.load(record.path, record.inputs, record.outputs, options)
 
 
+HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has neither avx512_bf16 nor amx_bf16")
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+def test_short_precision_keeps_its_tolerance(project_root: Path, tmp_path: Path, precision: str) -> None:
+    bundle = tmp_path / "demo-faces"
+    shutil.copytree(project_root / "engines" / "demo-faces", bundle)
+    build_engine(bundle, BuildOptions(backend="openvino", precision=precision))  # verifies
+    with Session.open(bundle, backend="openvino", precision=precision) as session:
+        parity = compare_with_expectation(session, load_expectation(session.bundle.expectation))
+    assert parity.is_within_tolerance
+    assert max(parity.image_errors) > TOLERANCES["fp32"].images  # it was computed in bfloat16
+    # The first latents come from the encoder alone.
+    assert (parity.latent_errors[0] < TOLERANCES["fp32"].latents) is (precision == "mixed")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+def test_bf16_needs_its_instructions(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    monkeypatch.setattr(ov, "Core", lambda: FakeCore("FP32"))
+    with pytest.raises(BackendUnavailableError, match=f"precision {precision} cannot run here: this CPU has no bfloat"):
+        backend.check_options(RunnerOptions(precision=precision))
+
+
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(BackendUnavailableError, match="precision fp4 cannot run here: known are fp32, bf16"):
+    with pytest.raises(BackendUnavailableError, match="precision fp4 cannot run here: known are fp32, bf16, mixed"):
         backend.check_options(RunnerOptions(precision="fp4"))
     with pytest.raises(BackendUnavailableError, match="device 'abacus' cannot run here; available: cpu"):
         backend.check_options(RunnerOptions(device="abacus"))
@@ -374,3 +400,24 @@ def test_bound_run_outlives_the_runner(bundle: Bundle, engine: Path, from_blob: 
 def test_demo_model_meets_its_expectation(project_root: Path) -> None:
     with Session.open(project_root / "engines" / "demo-faces", backend="openvino") as session:
         check_parity(compare_with_expectation(session, load_expectation(session.bundle.expectation)), "demo-faces")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is resident")
+def test_loaded_blob_does_not_stay_in_memory_twice(project_root: Path, tmp_path: Path) -> None:
+    encoder = open_bundle(project_root / "engines" / "demo-faces").graphs["encoder"]
+    blob = tmp_path / "encoder.blob"
+    backend.build(encoder.path, blob, RunnerOptions())
+    runner = backend.load(blob, encoder.inputs, encoder.outputs, RunnerOptions())
+    assert resident_bytes(blob) < 0.1 * blob.stat().st_size
+    runner.close()
+    gc.collect()
+    assert str(blob) not in Path("/proc/self/smaps").read_text(encoding="utf-8")
+
+
+def resident_bytes(file: Path) -> int:
+    """Return how much of a file's mappings is in this process's memory; there has to be one."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    begins = [index for index, line in enumerate(lines) if line.endswith(str(file))]
+    assert begins
+    sizes = (next(line for line in lines[index:] if line.startswith("Rss:")).split()[1] for index in begins)
+    return 1024 * sum(map(int, sizes))

@@ -21,10 +21,12 @@ from restyle_deploy.backends.base import BuildRequest, EngineOptions, RunnerOpti
 from restyle_deploy.backends.tensorrt import TensorRtBackend
 from restyle_deploy.backends.tensorrt_library import TENSORRT, batches_of
 from restyle_deploy.build import BuildOptions, build_engine
-from restyle_deploy.bundle import Bundle, open_bundle, read_bundle
-from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
+from restyle_deploy.bundle import Bundle, check_engine, open_bundle, read_bundle
+from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, ShapeError
+from restyle_deploy.graph.plan import TABLE, apply_choices, find_sites
 from restyle_deploy.runtime.session import Session
 from tests.backends.place import Place
+from tests.bundles import add_engine
 
 NO_DEVICE = ((), "there is no NVIDIA driver")
 OPTIONS = RunnerOptions(device="cuda:0")
@@ -56,6 +58,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There seem to be two GPUs; nothing can run on them."""
     monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0", "cuda:1"), ""))
     monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_89")
+    monkeypatch.setattr(backend_module, "find_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(backend_module, "current_device", lambda device: contextlib.nullcontext())
 
 
@@ -121,11 +124,55 @@ def test_unknown_precision_is_refused(tensorrt: TensorRtBackend) -> None:
 def test_target_of_tensorrt_is_the_gpu_or_all_from_ampere_on(tensorrt: TensorRtBackend) -> None:
     own = tensorrt.check_build(OPTIONS, EngineOptions())
     any_ = tensorrt.check_build(OPTIONS, EngineOptions(hardware_compatible=True))
-    assert (own.processor, own.refusal, own.has_kernels) == ("sm_89", None, True)
+    assert (own.processor, own.refusal, own.has_kernels) == ("NVIDIA L4 (sm_89)", None, True)
+    assert own.facts["compute_capability"] == ["sm_89"]
     assert any_.processor == "sm_80+"
     assert {own.processor, any_.processor} == set(tensorrt.processors("cuda:0"))
     assert own.facts["plugin_route"] == "aot"
     assert own.facts["plugin_hash"] == tensorrt.plugin_hash() is not None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_come_in_the_way_that_is_wanted(tensorrt: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trials of a device: no command line asks for one."""
+    launched = tensorrt.check_build(replace(OPTIONS, plugin_route="jit"), EngineOptions())
+    assert (launched.facts["plugin_route"], launched.has_kernels) == ("jit", True)
+    assert launched.facts["plugin_hash"] == tensorrt.plugin_hash()
+    monkeypatch.delattr(FakeLibrary, "QuickPluginCreationRequest")
+    with pytest.raises(BackendUnavailableError, match="tensorrt: no plugins by the route aot: .* cannot embed kernels"):
+        tensorrt.check_build(replace(OPTIONS, plugin_route="aot"), EngineOptions())
+    without = replace(OPTIONS, plugin_route="functions")
+    assert tensorrt.check_build(without, EngineOptions(no_plugins=True)).facts["plugin_route"] == "functions"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("gpu")
+def test_rtx_takes_no_plugins(rtx: TensorRtBackend) -> None:
+    with pytest.raises(BackendUnavailableError, match="tensorrt-rtx: no plugins by the route jit: .* takes no Python"):
+        rtx.check_build(replace(OPTIONS, plugin_route="jit"), EngineOptions())
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("compatible", [False, True])
+def test_engine_of_another_model_of_the_same_compute_capability_is_refused(
+    tensorrt: TensorRtBackend, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compatible: bool
+) -> None:
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
+    target = tensorrt.check_build(OPTIONS, EngineOptions(hardware_compatible=compatible))
+    build = {"verified": True, "reason": None, "options": ["--hardware-compatible"] if compatible else []}
+    versions = dict(tensorrt.library_versions())
+    changes: dict[str, Any] = {"backend": "tensorrt", "processor": target.processor, "library_versions": versions}
+    engine = add_engine(bundle, **changes, build=build)
+    facts: dict[str, Any] = {"library_versions": versions, "processors": tensorrt.processors("cuda:0")}
+    check_engine(read_bundle(bundle), engine, **facts)
+    monkeypatch.setattr(backend_module, "find_name", lambda device: "NVIDIA L40S")
+    facts["processors"] = tensorrt.processors("cuda:0")
+    if compatible:
+        check_engine(read_bundle(bundle), engine, **facts)
+        return
+    expected = r"built for NVIDIA L4 \(sm_89\), this is NVIDIA L40S \(sm_89\), .*; build it again: restyle-deploy build"
+    with pytest.raises(BundleError, match=expected):
+        check_engine(read_bundle(bundle), engine, **facts)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -137,7 +184,8 @@ def test_no_plugins_leaves_our_kernels_out(tensorrt: TensorRtBackend) -> None:
 def test_hardware_compatibility_needs_ampere(tensorrt: TensorRtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "find_devices", lambda: (("cuda:0",), ""))
     monkeypatch.setattr(backend_module, "find_processor", lambda device: "sm_75")
-    assert tensorrt.processors("cuda:0") == ("sm_75",)
+    monkeypatch.setattr(backend_module, "find_name", lambda device: "NVIDIA T4")
+    assert tensorrt.processors("cuda:0") == ("NVIDIA T4 (sm_75)",)
     with pytest.raises(BackendUnavailableError, match="--hardware-compatible needs sm_80, this is sm_75"):
         tensorrt.check_build(OPTIONS, EngineOptions(hardware_compatible=True))
 
@@ -179,6 +227,7 @@ def test_rtx_builds_for_several_gpus_without_one(rtx: TensorRtBackend) -> None:
 def test_rtx_engine_is_for_the_gpu_unless_others_are_named(rtx: TensorRtBackend) -> None:
     own = rtx.check_build(OPTIONS, EngineOptions())
     assert (own.processor, own.facts["compute_capability"], own.refusal) == ("sm_89", ["sm_89"], None)
+    assert rtx.processors("cuda:0") == ("sm_89",)  # of any model: what is for one is compiled when it is loaded
     other = rtx.check_build(OPTIONS, EngineOptions(compute_capabilities=("7.5",)))
     assert other.refusal == "the engine is for sm_75, this GPU is sm_89"
 
@@ -240,6 +289,15 @@ def build(backend: TensorRtBackend, graph: Path, folder: Path, precision: str = 
     return target
 
 
+def planned_generator(bundle: Bundle, folder: Path) -> Path:
+    """Write the generator as both libraries take it in each precision: without transposed convolutions of maps."""
+    model = ir.load(bundle.graphs["generator"].path)
+    sites = find_sites(model)
+    apply_choices(model, sites, {site.name: TABLE["tensorrt-rtx"][site.family] for site in sites}, epilogues=True)
+    ir.save(model, folder / "generator.onnx")
+    return folder / "generator.onnx"
+
+
 def layers_of(engine: Path) -> dict[str, Any]:
     content = json.loads(engine.with_suffix(".layers.json").read_text(encoding="utf-8"))
     assert isinstance(content, dict)
@@ -274,6 +332,24 @@ def test_exported_graphs_of_the_demo_become_engines(
     assert (short in types) if short else (types == {"Float"})
     assert all(layer["format"] for layer in convolutions)
     assert {path.name for path in tmp_path.iterdir()} == {f"{graph}.engine", f"{graph}.layers.json"}
+
+
+@pytest.mark.tensorrt
+def test_plain_bf16_names_a_remedy(rtx: TensorRtBackend, demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exported the generator is refused; with a GPU here, that is where it ends."""
+    monkeypatch.setattr(backend_module, "queue_of", lambda options: None)
+    monkeypatch.setattr(TensorRtBackend, "check_options", lambda self, options: None)
+    record = demo.graphs["generator"]
+    options = replace(OPTIONS, precision="bf16")
+    expected = r"refuses generator\.onnx: .*; as exported, .* leave out --plain .*build BUNDLE --backend tensorrt-rtx"
+    with pytest.raises(BuildError, match=expected):
+        rtx.load(record.path, record.inputs, record.outputs, options)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("no_gpu")
+def test_planned_generator_is_built_in_bfloat16(rtx: TensorRtBackend, demo: Bundle, tmp_path: Path) -> None:
+    assert build(rtx, planned_generator(demo, tmp_path), tmp_path, "bf16").stat().st_size > 0
 
 
 @pytest.mark.tensorrt
@@ -472,14 +548,15 @@ def test_engine_runs_and_stripped_one_gives_the_same(
     on_gpu: TensorRtBackend, demo: Bundle, tmp_path: Path, precision: str
 ) -> None:
     record = demo.graphs["generator"]
+    graph = planned_generator(demo, tmp_path)
     results, sizes = [], []
     place = Place(OPTIONS.device)
     for stripped in (False, True):
         folder = tmp_path / str(stripped)
         folder.mkdir()
-        engine = build(on_gpu, record.path, folder, precision, stripped=stripped, max_batch=3)
+        engine = build(on_gpu, graph, folder, precision, stripped=stripped, max_batch=3)
         sizes.append(engine.stat().st_size)
-        weights = record.path if stripped else None
+        weights = graph if stripped else None
         runner = on_gpu.load(engine, record.inputs, record.outputs, place.options(precision=precision), weights)
         latents = np.stack([demo.latent_avg] * 2)
         buffers = {"latent": latents} | {spec.name: spec.allocate(2) for spec in record.outputs}

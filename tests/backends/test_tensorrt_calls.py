@@ -271,3 +271,53 @@ def test_help_names_the_libraries_that_have_an_option() -> None:
         }
         beginning = beginnings[name in TENSORRT.options, name in TENSORRT_RTX.options]
         assert helps[name].startswith(beginning), name
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({}, set()),
+        ({"hardware_compatible": True}, {("hardware_compatibility_level", "ampere+")}),
+        ({"version_compatible": True}, {("set_flag", "compatible")}),
+        ({"optimization_level": 5}, {("builder_optimization_level", 5)}),
+        ({"optimization_level": 0}, {("builder_optimization_level", 0)}),
+        ({"stripped": True}, {("set_flag", "strip")}),
+        ({"workspace_bytes": 1 << 31}, {("set_memory_pool_limit", "workspace", 1 << 31)}),
+    ],
+    ids=str,
+)
+def test_options_reach_the_builder(
+    library: RecordingLibrary,
+    graph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Mapping[str, Any],
+    expected: set[tuple[Any, ...]],
+) -> None:
+    """Each of them, and nothing else."""
+    build(library, graph, tmp_path, **engine)
+    (config,) = library.configs
+    names = ("hardware_compatibility_level", "builder_optimization_level")
+    found: set[tuple[Any, ...]] = {(name, getattr(config, name)) for name in names if hasattr(config, name)}
+    for name in ("set_flag", "set_memory_pool_limit"):
+        found |= {(name, *arguments) for arguments in library.named(name)}
+    assert found == expected
+
+
+def test_kernels_of_a_compatible_engine_are_for_the_oldest_gpu_that_it_runs_on(
+    library: RecordingLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arches: list[str] = []
+
+    def note(graph: Path, folder: Path, *, arch: str, **_: Any) -> Path:
+        arches.append(arch)
+        raise BuildError("enough is known")
+
+    monkeypatch.setattr(tensorrt_network, "write_typed_graph", note)
+    monkeypatch.setattr(backend_module, "_plugins", lambda: SimpleNamespace(**PLUGINS))
+    backend = TensorRtBackend(TENSORRT, library)
+    for compatible in (False, True):
+        request = BuildRequest(engine=EngineOptions(hardware_compatible=compatible))
+        with pytest.raises(BuildError, match="enough"):
+            backend.build(tmp_path / "x.onnx", tmp_path / "x.engine", OPTIONS, request)
+    assert arches == ["sm_89", "sm_80"]

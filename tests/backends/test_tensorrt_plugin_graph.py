@@ -189,6 +189,7 @@ def test_neutral_elements_are_shared() -> None:
     one, other = model.graph
     assert [a is b for a, b in zip(one.inputs, other.inputs, strict=True)] == [False, True, True, True, True]
     assert "aot" not in one.attributes
+    assert one.attributes["plugin_namespace"].as_string() == "restyle_deploy_jit"
 
 
 def test_functions_stay() -> None:

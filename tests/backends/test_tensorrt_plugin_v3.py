@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,19 @@ def test_registering_twice(trt: Any, v3: Any, monkeypatch: pytest.MonkeyPatch, r
     if route is not None:  # an engine's, whatever would be the best one now
         monkeypatch.setattr(tensorrt_plugins, "choose_route", lambda trt: ("aot", "it is newer"))
     assert [register_plugins(trt, route), register_plugins(trt, route)] == ["jit", "jit"]
-    assert set(trt.get_plugin_registry().creators) == {(name, "1", "restyle_deploy") for name in INPUTS}
-    (field,) = trt.get_plugin_registry().get_creator("BiasActEpilogue", "1", "restyle_deploy").field_names
+    assert set(trt.get_plugin_registry().creators) == {(name, "1", "restyle_deploy_jit") for name in INPUTS}
+    (field,) = trt.get_plugin_registry().get_creator("BiasActEpilogue", "1", "restyle_deploy_jit").field_names
     assert (field.name, field.type) == ("parameters", trt.PluginFieldType.INT32)
+
+
+def test_routes_do_not_meet(trt: Any, v3: Any) -> None:
+    """An engine that embeds kernels may be loaded before one whose kernels Python launches, and the other way round."""
+    embedded = SimpleNamespace(name="BiasActEpilogue", plugin_version="1")
+    trt.get_plugin_registry().register_creator(embedded, "restyle_deploy")
+    register_plugins(trt, "jit")
+    creators = trt.get_plugin_registry().creators
+    assert creators["BiasActEpilogue", "1", "restyle_deploy"] is embedded
+    assert isinstance(creators["BiasActEpilogue", "1", "restyle_deploy_jit"], v3.KernelPluginCreator)
 
 
 @pytest.mark.parametrize("operation", [BIAS_ACT, FILTER], ids=lambda operation: operation.op_type)
@@ -55,7 +65,7 @@ def test_plugin_is_made_of_what_it_serialises(trt: Any, v3: Any, operation: Oper
     creator = v3.KernelPluginCreator(operation.op_type)
     fields = [trt.PluginField("parameters", np.array(operation.to_parameters(), np.int32), None)]
     plugin = creator.create_plugin("layer", fields, trt.TensorRTPhase.BUILD)
-    assert (plugin.plugin_name, plugin.plugin_namespace) == (operation.op_type, "restyle_deploy")
+    assert (plugin.plugin_name, plugin.plugin_namespace) == (operation.op_type, "restyle_deploy_jit")
     assert (plugin.plugin_version, plugin.num_outputs) == ("1", 1)
     again = creator.create_plugin("layer", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
     for copy in (again, again.clone(), again.attach_to_context(None), again.get_capability_interface(None)):

@@ -6,9 +6,9 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from restyle_deploy.backends.tensorrt_plugins import PluginRoute, choose_route
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from tests.backends.plugin_engines import CASES, Case, compare, loads_alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
@@ -20,8 +20,8 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 def offered() -> PluginRoute:
     """The best route that the installed TensorRT offers."""
     trt: Any = pytest.importorskip("tensorrt", exc_type=ImportError)
-    if not torch.cuda.is_available():
-        pytest.skip(f"torch {torch.__version__} finds no GPU")
+    if reason := why_torch_sees_no_gpu():
+        pytest.skip(reason)
     return choose_route(trt)[0]
 
 

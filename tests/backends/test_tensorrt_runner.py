@@ -19,7 +19,7 @@ from restyle_deploy.backends.base import RunnerOptions
 from restyle_deploy.backends.tensorrt import TensorRtBackend
 from restyle_deploy.backends.tensorrt_library import TENSORRT
 from restyle_deploy.device_array import DeviceArray
-from restyle_deploy.errors import BuildError, ShapeError
+from restyle_deploy.errors import BuildError, DeviceError, ShapeError
 from restyle_deploy.tensors import TensorSpec
 from tests.backends.host_driver.stand_in import HostDriver
 from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, RecordingQueue, array_at, recorded
@@ -154,12 +154,17 @@ def test_runs_can_be_captured_unless_the_library_says_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("refused", "what", "reason"),
+    ("refused", "error", "what", "reason"),
     [
-        ("create_execution_context", "create an execution context", "no memory is left"),
-        ("set_input_shape", r"take \[1, 2\] for x", "set_input_shape: not so"),
-        ("set_tensor_address", "take the address of x", "set_tensor_address: not so"),
-        ("execute_async_v3", "run the engine", "execute_async_v3: not so"),
+        (
+            "create_execution_context",
+            DeviceError,
+            "create an execution context",
+            "no memory is left; where memory lack",
+        ),
+        ("set_input_shape", BuildError, r"take \[1, 2\] for x", "set_input_shape: not so"),
+        ("set_tensor_address", DeviceError, "take the address of x", "set_tensor_address: not so; where memory lack"),
+        ("execute_async_v3", DeviceError, "run the engine", "execute_async_v3: not so; where memory lacks, a smaller"),
     ],
 )
 def test_failing_call_names_library_and_last_error(
@@ -167,6 +172,7 @@ def test_failing_call_names_library_and_last_error(
     load: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
     refused: str,
+    error: type[Exception],
     what: str,
     reason: str,
 ) -> None:
@@ -175,16 +181,16 @@ def test_failing_call_names_library_and_last_error(
     library.refused = refused
     with (
         caplog.at_level(logging.INFO),
-        pytest.raises(BuildError, match=rf"^TensorRT 10\.9\.0 cannot {what}: {reason}"),
+        pytest.raises(error, match=rf"^TensorRT 10\.9\.0 cannot {what}: {reason}"),
     ):
         runner.bind(buffers_at(256))()
-    assert f"error: {reason}" in caplog.text
+    assert f"error: {reason.partition(';')[0]}" in caplog.text
 
 
 def test_addresses_are_set_anew_after_a_refusal(library: RecordingLibrary, load: Callable[..., Any]) -> None:
     run = load().bind(buffers_at(256))
     library.refused = "set_tensor_address"
-    with pytest.raises(BuildError, match="cannot take the address of x"):
+    with pytest.raises(DeviceError, match="cannot take the address of x"):
         run()
     library.refused = ""
     run()
@@ -230,6 +236,19 @@ def test_close_waits_once_and_then_nothing_is_bound(
     runner.close()
     runner.close()
     assert library.named("cuStreamSynchronize") == [[queue.stream]]
+    with pytest.raises(ValueError, match="the runner is closed"):
+        runner.bind(buffers_at(256))
+
+
+def test_closing_after_a_failure_is_done_once(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: str, *_: object) -> None:
+        raise DeviceError(f"{function}: made up")
+
+    runner = load()
+    monkeypatch.setattr(runner_module, "call", fail)
+    with pytest.raises(DeviceError, match="made up"):
+        runner.close()
+    runner.close()
     with pytest.raises(ValueError, match="the runner is closed"):
         runner.bind(buffers_at(256))
 
@@ -354,7 +373,7 @@ replay.close()
 for each in (*runners, *blocks, pinned, device):
     each.close()
 """
-CONTEXT_CALLS = {"cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent"}
+CONTEXT_CALLS = {"cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuThreadExchangeStreamCaptureMode"}
 
 
 def test_runs_are_captured_and_no_run_copies_to_the_host_or_waits(host_driver: HostDriver) -> None:
@@ -368,3 +387,56 @@ def test_runs_are_captured_and_no_run_copies_to_the_host_or_waits(host_driver: H
     assert spans[1] == {"cuMemcpyAsync"} | (spans[1] & CONTEXT_CALLS)
     assert [span - CONTEXT_CALLS for span in spans[2:]] == [{"cuGraphLaunch"}] * 2
     assert len(run.named("cuMemAlloc")) == len(run.named("cuMemFree")) == 4
+
+
+# Weights put back, and what the library says meanwhile
+
+
+@pytest.fixture
+def load_stripped(library: RecordingLibrary, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    monkeypatch.setattr(runner_module, "primary_context", lambda index: 1)
+    monkeypatch.setattr(runner_module, "current_context", lambda context: contextlib.nullcontext())
+    weights = Path("generator.typed.onnx")
+    return lambda: runner_module.load_engine(library, b"plan", OPTIONS, name="x.engine", weights=weights)
+
+
+def test_weights_are_put_back(library: RecordingLibrary, load_stripped: Callable[[], Any]) -> None:
+    load_stripped()
+    assert [name for name, *_ in library.calls] == ["deserialize", "refit_from_file", "refit_cuda_engine"]
+    assert library.named("refit_from_file") == [["generator.typed.onnx"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": []}, "it names none that it takes"),
+        # TensorRT for RTX may say that none is missing.
+        ({"refused": "refit_from_file"}, "Only successfully refitted 0 weights out of 1"),
+        ({"missing": ["a", "b", "c", "d"]}, "no weights for a, b, c$"),
+        ({"refused": "refit_cuda_engine"}, "the sizes differ"),
+    ],
+    ids=str,
+)
+def test_engine_without_all_its_weights_is_refused(
+    library: RecordingLibrary, load_stripped: Callable[[], Any], changes: dict[str, Any], message: str
+) -> None:
+    for name, value in changes.items():
+        setattr(library, name, value)
+    with pytest.raises(BuildError, match=f"cannot put the weights back into x.engine: {message}"):
+        load_stripped()
+    assert (library.named("refit_cuda_engine") != []) == (library.refused == "refit_cuda_engine")
+
+
+def test_warnings_of_loading_are_passed_on(
+    library: RecordingLibrary, load_stripped: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    warning = "Using an engine plan file across different models of devices is not recommended"
+    refitter = library.Refitter
+
+    def warn(engine: Any, logger: Any) -> Any:
+        logger.log(library.ILogger.Severity.WARNING, warning)
+        return refitter(engine, logger)
+
+    library.Refitter = warn  # type: ignore[method-assign]
+    load_stripped()
+    assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", warning)]

@@ -301,3 +301,10 @@ def test_missing_libraries_are_named(
         f"Error: build needs {', '.join(missing)}, which {verb} not installed; "
         "run: pip install 'restyle-deploy[build]'\n"
     )
+
+
+def test_help_tells_where_what_was_measured_is_kept(run: Run) -> None:
+    text = " ".join(run("build", "--help").stdout.split())
+    assert "BUNDLE/engines/timing-<library>-<version>-<GPU>.cache" in text
+    assert "later versions of the same major version of the library" in text
+    assert re.search(r"restyle-deploy build \S+ --backend tensorrt .*--version-compatible --optimization-level 5", text)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from restyle_deploy.errors import BuildError
-from restyle_deploy.graph.plan import TABLE, apply_choices, find_sites
+from restyle_deploy.graph.plan import FAMILIES, TABLE, apply_choices, find_sites
 from restyle_deploy.graph.precision import FLOAT32, FLOAT32_PLACES, ISLANDS, SHORT_TYPES, set_precision, set_types
 from restyle_deploy.graph.rewrites.target_features import target_graph
 from restyle_deploy.ops.onnx_functions import DOMAIN
@@ -32,10 +32,13 @@ LEAST_PSNR = {"fp16": 60.0, "bf16": 45.0}
 ADVERSARIAL_PSNR = 45.0
 
 
-def planned(model: ir.Model, backend: str = "tensorrt", *, epilogues: bool = True) -> ir.Model:
-    """Rewrite an exported graph by a backend's table."""
+def planned(
+    model: ir.Model, backend: str = "tensorrt", *, epilogues: bool = True, upsampling: str | None = None
+) -> ir.Model:
+    """Rewrite an exported graph by a backend's table, or its up-convolutions by another choice."""
     sites = find_sites(model)
-    apply_choices(model, sites, {site.name: TABLE[backend][site.family] for site in sites}, epilogues=epilogues)
+    table = {**TABLE[backend], **({"upsampling": upsampling} if upsampling else {})}
+    apply_choices(model, sites, {site.name: table[site.family] for site in sites}, epilogues=epilogues)
     return model
 
 
@@ -45,6 +48,8 @@ PREPARATIONS: Mapping[str, Callable[[ir.Model], ir.Model]] = {
     "tensorrt without epilogues": lambda model: planned(model, epilogues=False),
     "tensorrt-rtx": lambda model: planned(model, "tensorrt-rtx"),
 }
+# What tuning may choose.
+UPSAMPLING = FAMILIES["upsampling"].choices_for("fp16")
 GRAPHS = [("generator", ENCODER_TYPES[0]), *(("encoder", encoder_type) for encoder_type in ENCODER_TYPES)]
 
 
@@ -235,16 +240,30 @@ ADVERSARIAL = {"large": (1e5,), "huge": (1e12,), "tiny": (1e-4,), "vanishing": (
 )
 def test_adversarial_styles_stay_in_range(norms: str, preparation: str) -> None:
     model = with_styles_times(exported("generator"), ADVERSARIAL[norms])
+    prepared = check_range(model, PREPARATIONS[preparation])
+    if max(ADVERSARIAL[norms]) > 1:
+        naive = run(round_values(set_types(prepared, ir.DataType.FLOAT16)), random_inputs(prepared, batch=2))
+        assert not np.isfinite(naive["image"]).all()
+
+
+@pytest.mark.parametrize("epilogues", [True, False])
+@pytest.mark.parametrize("choice", UPSAMPLING)
+@pytest.mark.parametrize("norms", ["large", "both"])
+def test_adversarial_styles_stay_in_range_whatever_tuning_chooses(norms: str, choice: str, epilogues: bool) -> None:
+    model = with_styles_times(exported("generator"), ADVERSARIAL[norms])
+    check_range(model, lambda model: planned(model, epilogues=epilogues, upsampling=choice))
+
+
+def check_range(model: ir.Model, prepare: Callable[[ir.Model], ir.Model]) -> ir.Model:
+    """Compare a generator, prepared and typed to float16, with itself in float32; return it prepared, not typed."""
     inputs = random_inputs(model, batch=2)
     expected = run(model, inputs)
-    prepared = PREPARATIONS[preparation](model)
+    prepared = prepare(model)
     found = run_typed(prepared.clone(), "fp16", inputs)
     for name, array in expected.items():
         assert np.isfinite(found[name]).all()
         assert psnr_db(found[name], array) >= ADVERSARIAL_PSNR
-    if max(ADVERSARIAL[norms]) > 1:
-        naive = run(round_values(set_types(prepared, ir.DataType.FLOAT16)), inputs)
-        assert not np.isfinite(naive["image"]).all()
+    return prepared
 
 
 def test_latents_of_any_size_stay_in_range() -> None:

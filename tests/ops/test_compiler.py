@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_whatever_changes_the_code_is_another_entry(
         compile_kernels("shift", cache=tmp_path, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["_compiler_version", "SOURCES"])
+@pytest.mark.parametrize("what", ["_compiler_version", "_headers_version", "SOURCES"])
 def test_another_compiler_or_header_is_another_entry(
     compiled: CompiledKernels, tmp_path: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -266,3 +267,17 @@ def test_kernels_that_are_in_no_engine_do_not_make_engines_old(tmp_path: Path, m
     before = kernel_source_hash()
     (tmp_path / compiler.IMAGE_SOURCE).write_text("a", encoding="utf-8")
     assert kernel_source_hash() == before
+
+
+def test_version_of_the_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package's, or what a toolkit's own header says."""
+    try:
+        compiler.check_available()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", compiler._headers_version())
+    monkeypatch.setattr(compiler, "_header_folder", lambda: tmp_path)
+    (tmp_path / "cuda.h").write_text("#define CUDA_VERSION 13010\n", encoding="utf-8")
+    assert compiler._headers_version() == "13010"
+    (tmp_path / "cuda.h").write_text("", encoding="utf-8")
+    assert compiler._headers_version() == str(tmp_path)

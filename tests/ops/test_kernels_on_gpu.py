@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.gpu_kernel_checks import FOUND_ERRORS, SANITIZER_PLACES, SANITIZER_TOOLS, find_sanitizer
 from restyle_deploy.ops import cuda_ops
 from restyle_deploy.ops.compiler import check_available
 from restyle_deploy.ops.cuda_launch import run
 from restyle_deploy.ops.fused_bias_act import fused_bias_act
 from restyle_deploy.ops.kernels.launches import Config, Factor
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from restyle_deploy.ops.upfirdn2d import upfirdn2d_epilogue
 from tests.ops.kernel_cases import (
     DTYPES,
@@ -40,17 +42,17 @@ from tests.ops.kernel_cases import (
 GUARD = 64  # elements behind y that nobody may write
 # More than 2^31 elements; the grid's limit of planes is 65535.
 LARGE_SHAPE = (129, 256, 256, 256)
-SANITIZER_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 SANITIZER_SECONDS = 1500
-FOUND_ERRORS = 86
+# Of the grid, under each tool, which are slow.
+SANITIZED_CASES = 120
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
+    if reason := why_torch_sees_no_gpu():
+        pytest.skip(reason)
     try:
         check_available()
     except BackendUnavailableError as error:
@@ -175,11 +177,12 @@ def test_pytorch_accepts_the_operators() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_the_sanitizer_finds_nothing(tool: str, project_root: Path) -> None:
-    code, output = _sanitize(tool, "run_samples()", project_root)
+@pytest.mark.parametrize("call", ["run_samples()", f"run_grid({SANITIZED_CASES})"])
+@pytest.mark.parametrize("tool", SANITIZER_TOOLS)
+def test_the_sanitizer_finds_nothing(tool: str, call: str, project_root: Path) -> None:
+    code, output = _sanitize(tool, call, project_root)
     assert code == 0, output
-    assert "samples ran" in output
+    assert re.search(r"\d+ (samples|cases) ran", output)
 
 
 @pytest.mark.slow
@@ -206,6 +209,30 @@ def run_samples() -> None:
     print(f"{count} samples ran")  # noqa: T201
 
 
+def run_grid(count: int) -> None:
+    """Run as many cases of the grid as the tests above have, half of each kernel, the same ones each time."""
+    ran = 0
+
+    def run_one(case: KernelCase) -> None:
+        nonlocal ran
+        tensors, y = tensors_of(case, "cuda"), empty_like_case(case, case.out_shape, "cuda")
+        run(launch_of(case), inputs_of(tensors), y)
+        assert_close(case, y, tensors)
+        ran += 1
+
+    for cases in (fused_bias_act_cases(), upfirdn2d_cases()):
+        limits = settings(
+            max_examples=count // 2,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        limits(given(cases)(run_one))()
+    print(f"{ran} cases ran")  # noqa: T201
+
+
 def run_overrun() -> None:
     """Tell a kernel of one image more than there is."""
     case = KernelCase(shape=(4, 64, 64, 64), factors=Factor.ACTIVATION)
@@ -225,7 +252,7 @@ def _filtering_case(case: KernelCase, config: Config) -> KernelCase:
 
 def _sanitize(tool: str, call: str, project_root: Path) -> tuple[int, str]:
     """Run a function of this file under compute-sanitizer; return the exit code and all output."""
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=":".join(SANITIZER_PLACES))
+    found = find_sanitizer()
     if found is None:
         pytest.skip(f"no compute-sanitizer on the PATH or in {', '.join(SANITIZER_PLACES)}")
     # torch would hand out parts of one large allocation, beyond which nothing is found.

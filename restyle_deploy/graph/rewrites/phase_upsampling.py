@@ -50,11 +50,15 @@ def phase_upsampling(model: ir.Model, *, layers: Collection[str] | None = None) 
 def _phases(edit: Edit, found: UpsamplingConvolution) -> list[ir.Value]:
     """Return the phases (even row and column, even and odd, odd and even, odd), each [N, O, H + 1, W + 1]."""
     phases = []
+    _, height, width = sizes_of(found.x) or ()
     for rows in PHASE_TAPS:
         for columns in PHASE_TAPS:
             weight: Array = found.weight[:, :, list(rows)][:, :, :, list(columns)].transpose(1, 0, 2, 3)
             pads = (len(rows) - 1, len(columns) - 1, 1, 1)
-            phases.append(edit.add("Conv", found.x, edit.constant(weight), pads=pads, kernel_shape=weight.shape[2:]))
+            y = edit.add("Conv", found.x, edit.constant(weight), pads=pads, kernel_shape=weight.shape[2:])
+            batch = found.x.shape[0] if found.x.shape is not None else None
+            y.shape, y.type = ir.Shape((batch, len(weight), height + 1, width + 1)), found.x.type  # other rewrites ask
+            phases.append(y)
     return phases
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from restyle_deploy.graph.edit import array_of
 from restyle_deploy.graph.rewrites.depthwise_filter import separable_filter
 from restyle_deploy.graph.rewrites.fuse_epilogue import fuse_epilogue
 from restyle_deploy.graph.rewrites.merged_upsampling import merged_upsampling
@@ -180,7 +181,8 @@ def test_norms_follow_the_convolution_if_the_demodulation_is_not_its_own(changes
         ((separable_filter, fuse_epilogue), 14),
         ((polyphase_upsampling, fuse_epilogue), 14),
         ((scale_constants, merged_upsampling), 14),
-        ((phase_upsampling, fuse_epilogue), 10),  # phases: several convolutions read one map
+        ((phase_upsampling,), 14),
+        ((phase_upsampling, fuse_epilogue), 14),
     ],
 )
 def test_generator_of_any_plan(rewrites: tuple[Callable[[ir.Model], ir.Model], ...], layers: int) -> None:
@@ -196,3 +198,39 @@ def test_encoder_has_nothing_to_normalize() -> None:
     model = exported("encoder")
     before = operators(model)
     assert operators(normalize_styles(model)) == before
+
+
+def two_convolutions(*, meeting: str) -> ir.Model:
+    """Return two convolutions of one modulated map, and what meets behind them, scaled by a demodulation."""
+    maker, (inputs, outputs) = GraphMaker(), CHANNELS
+    x, style = maker.input("x", inputs, 4, 4), maker.input("style", inputs)
+    modulated = maker.node("Mul", x, maker.node("Unsqueeze", style, maker.integers(2, 3)))
+    maps = [
+        maker.node("Conv", modulated, maker.weight(outputs, inputs, size, size), pads=[size // 2] * 4)
+        for size in (1, 3)
+    ]
+    axis = 0 if meeting == "samples" else 1
+    y = maker.node("Add", *maps) if meeting == "sum" else maker.node("Concat", *maps, axis=axis)
+    if meeting == "thrice":
+        y = maker.node("Concat", y, maps[0], axis=1)
+    elif meeting == "reordered":
+        y = maker.node("Transpose", maker.node("Reshape", y, maker.integers(-1, 2, 3 * 16)), perm=(0, 2, 1))
+        y = maker.node("Reshape", y, maker.integers(-1, 6, 4, 4))
+    elif meeting == "mixed":  # across samples
+        y = maker.node("Reshape", y, maker.integers(-1, 2, 4, 4))
+    root = maker.node("Unsqueeze", maker.input("demod", 1), maker.integers(2, 3))
+    if meeting not in ("samples", "mixed"):
+        y = maker.node("Mul", y, root)
+    return maker.model(y)
+
+
+@pytest.mark.parametrize("meeting", ["concatenated", "reordered", "sum", "thrice", "samples", "mixed"])
+def test_several_convolutions_of_one_map_share_its_norm(meeting: str) -> None:
+    """What scales the whole of them, and nothing else, takes the norms; otherwise each is multiplied by itself."""
+    rewritten = check_rewrite(normalize_styles, two_convolutions(meeting=meeting))
+    assert operators(rewritten)["Div"] == 1
+    convolutions = [node for node in rewritten.graph if node.op_type == "Conv"]
+    multiplied = [node for node in convolutions if {use.node.op_type for use in node.outputs[0].uses()} == {"Mul"}]
+    assert len(multiplied) == (0 if meeting in ("concatenated", "reordered") else 2)
+    weights = [array_of(node.inputs[1]) for node in convolutions]
+    assert all(weight is not None and np.abs(weight.astype(np.float32)).max() <= 1 for weight in weights)
