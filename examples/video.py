@@ -1,10 +1,11 @@
-"""Invert a video, each frame from where the one before ended: one or two steps then do what five do from the average.
+"""Invert a video, each frame from where the one before ended, which takes fewer steps than from the average.
 
     python -m examples.video engines/demo-faces clip.mp4 -o inverted.gif
 
 Takes a folder of images (in the order of their names), an animation that Pillow reads (GIF, WebP, PNG), or, with PyAV
 installed (pip install av), any video. Frames are to be aligned like the model's training images. While one frame is
-inverted, the next one is decoded and the last one is written.
+inverted, the next one is decoded and the last one goes on: into the folder, or to the frames of an animation, which are
+kept and written at the end.
 """
 
 from collections.abc import Iterable, Iterator

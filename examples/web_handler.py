@@ -31,6 +31,7 @@ from restyle_deploy.runtime.images import load_image
 MOST_BYTES = 2**25
 MOST_PIXELS = 2**25
 MOST_STEPS = 50
+MOST_DIGITS = 18  # of a number; Python refuses to read very long ones
 SECONDS_OF_SILENCE = 30  # after which a client's connection is given up
 
 
@@ -99,8 +100,13 @@ class InversionHandler(BaseHTTPRequestHandler):
             result = self.server.session.invert(picture[None], steps=steps, image_type="uint8")
         except RequestError as error:
             self._refuse(error.status, str(error))
-        except RestyleDeployError as error:
+        except RestyleDeployError as error:  # of the model or the device
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+        except ConnectionError:  # of the client, to whom nothing can be said
+            raise
+        except Exception:
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log has it")
+            raise
         else:
             self._answer(HTTPStatus.OK, "image/png", png_from_pixels(result.images[0]))
 
@@ -109,13 +115,16 @@ class InversionHandler(BaseHTTPRequestHandler):
         click.echo(format % arguments, err=True)
 
     def _read_picture(self) -> NDArray[np.uint8]:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        text = self.headers.get("Content-Length", "")
+        if not text:
             raise RequestError(HTTPStatus.LENGTH_REQUIRED, "no Content-Length")
-        if int(length) > MOST_BYTES:
+        length = whole_number(text)
+        if length is None:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"Content-Length is {text[:20]!r}, expected a number of bytes")
+        if length > MOST_BYTES:
             raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes, at most {MOST_BYTES} are taken")
         with tempfile.NamedTemporaryFile(prefix="upload-") as file:
-            file.write(self.rfile.read(int(length)))
+            file.write(self.rfile.read(length))
             file.flush()
             try:
                 return load_image(Path(file.name), max_pixels=MOST_PIXELS)
@@ -139,9 +148,15 @@ def steps_from_query(query: Mapping[str, list[str]]) -> int | None:
     (text,) = query.get("steps", [""])[-1:]
     if not text:
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_STEPS:
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"steps is {text!r}, expected 1 to {MOST_STEPS}")
-    return int(text)
+    steps = whole_number(text)
+    if steps is None or not 1 <= steps <= MOST_STEPS:
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"steps is {text[:20]!r}, expected 1 to {MOST_STEPS}")
+    return steps
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that decimal digits make; None for other text, and for more digits than a size has."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else None
 
 
 def png_from_pixels(pixels: NDArray[np.uint8]) -> bytes:

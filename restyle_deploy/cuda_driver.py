@@ -13,8 +13,12 @@ from typing import Any
 
 from restyle_deploy.errors import DeviceError
 
+# What mends most failures of work on a GPU; an error of a kernel stays with the process's context.
+REMEDY = "where memory lacks, a smaller max_batch needs less; after a failed launch, begin a new process"
 # Of both protocols: what consumers that name no stream use.
 LEGACY_STREAM = 1
+# Handles that mean a default stream: the legacy one by its two, and that of each thread.
+DEFAULT_STREAMS = (0, 1, 2)
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -69,6 +73,49 @@ class current_context:  # noqa: N801  used like a function, and a generator woul
         if self._is_pushed:
             self._is_pushed = False
             call("cuCtxPopCurrent")
+
+
+class unaffected_by_captures:  # noqa: N801  as above
+    """Lets the calling thread wait, ask, allocate and free while a `with` lasts, whatever is captured elsewhere.
+
+    While any thread captures a stream in the mode "global", as ONNX Runtime and `torch.cuda.graph` do, the driver
+    refuses such calls of all threads, and spoils that capture. Ours are no part of it.
+    """
+
+    def __enter__(self) -> None:
+        relaxed = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._former = call("cuThreadExchangeStreamCaptureMode", relaxed)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        call("cuThreadExchangeStreamCaptureMode", self._former)
+
+
+def check_stream(stream: int, *, context: int) -> None:
+    """Refuse a stream of another device or context, or one that the driver does not know.
+
+    Args:
+        stream: a caller's, as a number; 0 to 2 are the default streams.
+        context: of the device.
+    Raises:
+        ValueError: it is refused. (Of a number that never was a stream, the driver need not notice.)
+    """
+    if stream in DEFAULT_STREAMS:
+        return
+    try:
+        found = int(call("cuStreamGetCtx", stream))
+    except DeviceError as error:
+        raise ValueError(
+            f"stream: {stream:#x} is no stream of the driver ({error}); pass its handle, with torch "
+            "torch.cuda.current_stream().cuda_stream"
+        ) from error
+    if found != context:
+        raise ValueError(
+            f"stream: {stream:#x} is of another GPU than the session's, or of another context than the one that "
+            "libraries share on it; make the stream on the session's GPU, with PyCUDA after import "
+            "pycuda.autoprimaryctx"
+        )
 
 
 def order_streams(first: int, later: int, *, context: int) -> None:

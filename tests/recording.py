@@ -41,6 +41,8 @@ class RecordedBlock:
         if self.is_open:
             self._device.note("free", self.nbytes)
             self.is_open = False
+            if self._device.memory_left is not None:
+                self._device.memory_left += self.nbytes
             self._device.execute()  # as the driver does
             self.memory.fill(0xFF)
             self._device.open_blocks.remove(self)
@@ -99,6 +101,7 @@ class RecordingDevice:
         calls: names and details of all calls, in their order.
         open_blocks: those that are allocated.
         refused: how many captures are refused from now on.
+        unknown_streams: that callers may not pass.
         memory_left: bytes that may still be allocated; None for any number.
         is_open: until it is closed.
     """
@@ -111,6 +114,7 @@ class RecordingDevice:
         self.calls: list[tuple[Any, ...]] = []
         self.open_blocks: list[RecordedBlock] = []
         self.refused = 0
+        self.unknown_streams: set[int] = set()
         self.memory_left: int | None = None
         self.is_open = True
         self._host = HostDevice()
@@ -203,6 +207,10 @@ class RecordingDevice:
         event = RecordedEvent(self, timing=timing)
         self.enqueue("record timing" if timing else "record", event.reach)
         return event
+
+    def check_stream(self, stream: int) -> None:
+        if stream in self.unknown_streams:
+            raise ValueError(f"stream: made up: {stream} is no stream")
 
     def wait_for_stream(self, stream: int) -> None:
         self.note("wait for stream", stream)

@@ -17,7 +17,14 @@ from pathlib import Path
 import onnxruntime as ort
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
-from restyle_deploy.backends.cuda_devices import device_arrays, end_capture, find_devices, find_processor, index_of
+from restyle_deploy.backends.cuda_devices import (
+    device_arrays,
+    device_error,
+    end_capture,
+    find_devices,
+    find_processor,
+    index_of,
+)
 from restyle_deploy.cuda_driver import current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BackendUnavailableError, BuildError
@@ -34,6 +41,8 @@ FIRST_WITHOUT_WAITING = (1, 28)
 # CUDA graphs of one ONNX Runtime session. It keeps each until it is closed; what is bound later runs without.
 MOST_GRAPHS = 64
 _AMPERE = 80
+# What a run raises, in a private module, where the GPU or one of its libraries refuses; others are a program's errors.
+_DEVICE_ERRORS = ("Fail", "RuntimeException", "EPFail", "RuntimeError")
 # Of a graph that is typed already: an engine, or what one is built from.
 _TYPED = "restyle_deploy.precision"
 
@@ -220,13 +229,21 @@ class _BoundRun:
 
     def __call__(self) -> None:
         with current_context(self._context):  # a run makes its device the thread's, and leaves it at that
-            if self._captured is None:
-                self._session.run_with_iobinding(self._binding, self._plain)
-            elif self._thread is None:
-                self._capture(self._captured)
-            else:
-                is_captured = self._thread == threading.get_ident()
-                self._session.run_with_iobinding(self._binding, self._captured if is_captured else self._plain)
+            try:
+                self._run()
+            except Exception as error:  # its classes have no common base
+                if type(error).__name__ not in _DEVICE_ERRORS:
+                    raise
+                raise device_error(f"ONNX Runtime {ort.__version__}", error) from error
+
+    def _run(self) -> None:
+        if self._captured is None:
+            self._session.run_with_iobinding(self._binding, self._plain)
+        elif self._thread is None:
+            self._capture(self._captured)
+        else:
+            is_captured = self._thread == threading.get_ident()
+            self._session.run_with_iobinding(self._binding, self._captured if is_captured else self._plain)
 
     def _capture(self, options: ort.RunOptions) -> None:
         self._thread = threading.get_ident()

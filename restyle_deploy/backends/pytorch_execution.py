@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,14 @@ from torch.nn import functional
 
 from restyle_deploy.backends.base import Queue, RunnerOptions
 from restyle_deploy.backends.cpu import host_arrays
-from restyle_deploy.backends.cuda_devices import device_arrays, index_of, queue_of
+from restyle_deploy.backends.cuda_devices import device_arrays, device_error, index_of, queue_of
 from restyle_deploy.device_array import Array, DeviceArray
 
+_DEVICE_ERRORS = tuple(
+    kind for kind in (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", None)) if kind is not None
+)
+# How torch begins messages of CUDA and its libraries, which are plain `RuntimeError`s.
+_LIBRARY_ERROR = re.compile(r"CUDA error|CUDA out of memory|CUDA driver error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error")
 # Torch's settings of convolutions belong to the process: sessions that enqueue with others take turns.
 _SETTINGS = threading.RLock()
 _CONVOLUTIONS = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - it is there, and not in torch's types
@@ -97,9 +103,16 @@ class CudaExecution:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Enqueue on the session's stream, from the session's pool, in the arithmetic that the precision names."""
+        """Enqueue on the session's stream, from the session's pool, in the arithmetic that the precision names.
+
+        The settings of the arithmetic are the process's: torch code of other threads that runs meanwhile has them too.
+
+        Raises:
+            DeviceError: the GPU lacks memory, or refuses what torch enqueues.
+        """
         index = index_of(self._device)
         with (
+            _device_errors(self._device),
             _SETTINGS,
             torch.cuda.device(index),
             torch.cuda.stream(self._stream),
@@ -132,6 +145,20 @@ class _Interface:
             "data": (array.address, False),
             "version": 2,
         }
+
+
+@contextmanager
+def _device_errors(device: str) -> Iterator[None]:
+    """Turn what torch raises of a GPU and its libraries into a `DeviceError`; errors of a program pass through."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_device = isinstance(error, _DEVICE_ERRORS) or (
+            type(error) is RuntimeError and _LIBRARY_ERROR.search(str(error)) is not None
+        )
+        if not is_of_device:
+            raise
+        raise device_error(f"{device}: PyTorch {torch.__version__}", error) from error
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def prepare(model: ir.Model, precision: str) -> ir.Model:
 
     Args:
         model: as exported, or rewritten by a plan; changed in place.
-        precision: one of `backends.base.PRECISIONS`.
+        precision: one of `backends.base.UNIFORM_PRECISIONS`.
     Raises:
         BuildError: see `graph.precision.set_precision`.
     """

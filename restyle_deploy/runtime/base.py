@@ -91,6 +91,10 @@ class Device(Protocol):
         """Put a mark into the queue."""
         ...
 
+    def check_stream(self, stream: int) -> None:
+        """Raise `ValueError`, which names `stream`, for a caller's that is none of the device."""
+        ...
+
     def wait_for_stream(self, stream: int) -> None:
         """Let later work in the queue wait for all that is in another stream of the device now."""
         ...

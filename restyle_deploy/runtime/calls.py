@@ -164,7 +164,9 @@ class Rules:
     def _check_stream(self, stream: object) -> int:
         if self.device.is_host:
             raise ValueError("stream: the session is on cpu, which has no streams; leave it out")
-        return stream_from(stream)
+        handle = stream_from(stream)
+        self.device.check_stream(handle)
+        return handle
 
     def _find_images(self, images: object, stream: int | None) -> Array:
         array: Array | None

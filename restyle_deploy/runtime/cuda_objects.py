@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from restyle_deploy.cuda_driver import LEGACY_STREAM, call, current_context, driver
+from restyle_deploy.cuda_driver import (
+    LEGACY_STREAM,
+    call,
+    check_stream,
+    current_context,
+    driver,
+    unaffected_by_captures,
+)
 from restyle_deploy.errors import DeviceError
 from restyle_deploy.runtime.base import Event
 
@@ -71,7 +78,7 @@ class CudaEvent:
 
     def is_done(self) -> bool:
         """Whether it has been reached; does not wait. Raises `DeviceError` if work before it failed."""
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             (status,) = driver().cuEventQuery(self._handle)
             if status == driver().CUresult.CUDA_ERROR_NOT_READY:
                 return False
@@ -81,17 +88,26 @@ class CudaEvent:
 
     def wait(self) -> None:
         """Let the calling thread wait until it is reached. Raises `DeviceError` if work before it failed."""
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             call("cuEventSynchronize", self._handle)
 
     def hold(self, stream: int) -> None:
-        """Let later work of a stream of the device wait until it is reached; 0 is the legacy default stream."""
+        """Let later work of a stream of the device wait until it is reached; 0 is the legacy default stream.
+
+        Raises:
+            ValueError: it is no stream of the device.
+            DeviceError: the driver refuses.
+        """
         with current_context(self._context):
-            call("cuStreamWaitEvent", stream or LEGACY_STREAM, self._handle, 0)
+            try:
+                call("cuStreamWaitEvent", stream or LEGACY_STREAM, self._handle, 0)
+            except DeviceError:
+                check_stream(stream, context=self._context)
+                raise
 
     def elapsed_ms(self, since: Event) -> float:
         """Return the time from an earlier event to this one; both were recorded with `timing` and are done."""
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             return float(call("cuEventElapsedTime", cast(CudaEvent, since)._handle, self._handle))
 
 
@@ -126,7 +142,7 @@ class CudaReplay:
         executable, self._executable = self._executable, None
         if executable is not None:
             self._synchronize()
-            with current_context(self._context):
+            with current_context(self._context), unaffected_by_captures():
                 call("cuGraphExecDestroy", executable)
 
 

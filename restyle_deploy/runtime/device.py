@@ -5,12 +5,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 
-from restyle_deploy.cuda_driver import call, current_context, order_streams, primary_context
+from restyle_deploy.cuda_driver import (
+    REMEDY,
+    call,
+    check_stream,
+    current_context,
+    order_streams,
+    primary_context,
+    unaffected_by_captures,
+)
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BackendUnavailableError, DeviceError
 from restyle_deploy.ops.cuda_versions import NEEDED, driver_version
@@ -70,7 +79,7 @@ class CudaDevice:
 
         self.name, self._index = f"cuda:{index}", index
         self._context = primary_context(index)
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures(), _cuda_core_errors(self.name):
             gpu = Gpu(index)
             gpu.set_current()
             self._stream = gpu.create_stream()  # one that does not wait for the legacy default stream
@@ -89,7 +98,7 @@ class CudaDevice:
         address, and goes back to the driver when it is closed. It is slow, but done when a session is opened.
         """
         self._check_open()
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             try:
                 address = int(call("cuMemAlloc", nbytes))
             except DeviceError as error:
@@ -103,7 +112,7 @@ class CudaDevice:
     def allocate_host(self, nbytes: int) -> CudaBlock:
         """Allocate pinned memory; see `Device.allocate_host`. Raises `DeviceError` with what was asked for."""
         self._check_open()
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             try:
                 address = int(call("cuMemAllocHost", nbytes))
             except DeviceError as error:
@@ -145,25 +154,30 @@ class CudaDevice:
         Raises:
             ValueError: shapes that do not go together.
             BackendUnavailableError, BuildError: see `ops.compiler.compile_kernels`.
+            DeviceError: the driver refuses the launch, or work before it failed.
         """
         if source.dtype == np.float32:
             self.copy(target, source)
             return
         launch = launch_prepare_images(source.shape, target.shape, pillow=_pillow_version())
-        with current_context(self._context):
+        with current_context(self._context), _cuda_core_errors(self.name):
             enqueue_kernel(launch, [_address_of(source)], _address_of(target), stream=self.stream)
 
     def pixels_from_images(self, images: Array, pixels: Array) -> None:
         """Enqueue the conversion; see `Device.pixels_from_images`. NaN becomes 0. Raises as `prepare_images`."""
         assert images.nbytes == 4 * pixels.nbytes, f"{list(images.shape)} into {list(pixels.shape)}"
         launch = launch_pixels_from_images(images.shape)
-        with current_context(self._context):
+        with current_context(self._context), _cuda_core_errors(self.name):
             enqueue_kernel(launch, [_address_of(images)], _address_of(pixels), stream=self.stream)
 
     def record(self, *, timing: bool = False) -> CudaEvent:
         """Put a mark into the queue; in a capture, one that each replay reaches anew."""
         with current_context(self._context):
             return CudaEvent(self.stream, context=self._context, timing=timing, is_capturing=self._is_capturing)
+
+    def check_stream(self, stream: int) -> None:
+        """Refuse what is no stream of this GPU; see `Device.check_stream`."""
+        check_stream(stream, context=self._context)
 
     def wait_for_stream(self, stream: int) -> None:
         """Let later work wait for another stream; 0 and 1 are the legacy default stream. See `Device`."""
@@ -176,14 +190,15 @@ class CudaDevice:
     def capture(self, enqueue: Callable[[], None]) -> Replay:
         """Record what `enqueue` enqueues as a CUDA graph; see `Device.capture`.
 
-        Other threads may do what they like with CUDA meanwhile, and `enqueue` may load modules and allocate: these
-        calls are no part of the graph. It must not wait for the stream.
+        Other threads may load modules, allocate, wait for streams of theirs and capture meanwhile, and `enqueue` may
+        load and allocate: these calls are no part of the graph. `enqueue` must not wait for the stream, and nobody for
+        the whole device (`torch.cuda.synchronize`), which the driver refuses while anything is captured.
 
         Raises:
             DeviceError: `enqueue` failed, which its cause tells, or did what a graph cannot hold.
         """
         self._check_open()
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             self._is_capturing = True
             try:
                 executable = graph_of(enqueue, self.stream)
@@ -203,10 +218,11 @@ class CudaDevice:
             source: anything.
             stream: one whose work is waited for, beside what the array's protocol says.
         Raises:
-            ValueError: the array is on another GPU.
+            ValueError: the array is on another GPU, or in memory of another context.
             TypeError: it is not contiguous, or cannot be exported.
+            DeviceError: the driver refuses, or work before failed.
         """
-        with current_context(self._context):
+        with current_context(self._context), _cuda_core_errors(self.name):
             array = view_external(source, device_index=self._index, stream=self.stream)
         if array is not None and stream is not None:
             self.wait_for_stream(stream)
@@ -233,7 +249,7 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Let the calling thread wait until the queue is empty. Raises `DeviceError` if work failed."""
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             call("cuStreamSynchronize", self.stream)
 
     def close(self) -> None:
@@ -261,11 +277,23 @@ class CudaDevice:
         if self._is_capturing:  # a collected result's, perhaps: waiting now would spoil the capture
             self._released.append(block)
             return
-        with current_context(self._context):
+        with current_context(self._context), unaffected_by_captures():
             try:
                 call("cuStreamSynchronize", self.stream)
             finally:
                 call("cuMemFreeHost" if block.is_pinned else "cuMemFree", block.address)
+
+
+@contextmanager
+def _cuda_core_errors(name: str) -> Iterator[None]:
+    """Turn what cuda-core raises of the driver, which is its own, into a `DeviceError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "CUDAError":  # in a private module, which moves between versions
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise DeviceError(f"{name}: the driver refuses: {reason}; {REMEDY}") from error
 
 
 def _check_gpu(index: int) -> None:

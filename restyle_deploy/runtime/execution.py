@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -27,27 +27,50 @@ from restyle_deploy.runtime.results import (
 from restyle_deploy.runtime.slots import ARENA_SLOTS, Lease, Slot
 
 
+class TimedRun:
+    """The marks of a run. Its loop's next run may use the same ones, and asks for the times before."""
+
+    def __init__(self, marks: list[Event]) -> None:
+        """Take marks as `timings_from` has them."""
+        self._marks, self._lock = marks, threading.Lock()
+        self._timings: InversionTimings | None = None
+
+    def timings(self) -> InversionTimings:
+        """Wait for the run and return its times; each time the same.
+
+        Raises:
+            DeviceError: work on the device failed.
+        """
+        with self._lock:
+            if self._timings is None:
+                self._marks[-1].wait()
+                self._timings = timings_from(self._marks)
+            return self._timings
+
+
+def timings_of(runs: Sequence[TimedRun | None]) -> InversionTimings | None:
+    """Return the times of a call's runs, which are waited for; None where they are not timed."""
+    return sum_timings([run.timings() for run in runs if run is not None])
+
+
 class HostRun:
     """A run whose results are on their way to the host.
 
     Attributes:
-        timings: of a session that measures.
+        event: reached when the results have arrived.
+        timed: of a session that measures.
     """
 
-    def __init__(self, lease: Lease, event: Event, timings: InversionTimings | None) -> None:
-        self.timings = timings
-        self._lease, self._event = lease, event
+    def __init__(self, lease: Lease, event: Event, timed: TimedRun | None) -> None:
+        self.event, self.timed = event, timed
+        self._lease = lease
         self._is_finished = False
-
-    def is_done(self) -> bool:
-        """Whether the results have arrived; does not wait."""
-        return self._event.is_done()
 
     def finish(self) -> None:
         """Wait, bring the results to where the caller gets them, and give the slot back; safe to call twice."""
         if self._is_finished:  # the slot may be another call's by now
             return
-        self._event.wait()
+        self.event.wait()
         self._lease.slot.deliver()
         self._is_finished = True
         self._lease.end()
@@ -76,13 +99,18 @@ class Execution:
         Args:
             bundle: gives the average.
             graphs, device: what runs, and where; owned from now on, and closed after an error.
-            least_batch, max_batch: images of one run; one of fewer is filled up.
+            least_batch, max_batch: images of one run; one of fewer is filled up. On a GPU other numbers are filled up
+                to a power of two, or the most, so that few graphs are bound and recorded.
             timing_enabled: whether to take times; each run is then waited for before the next one is enqueued.
             capture: whether to record loops.
         Raises:
             DeviceError: there is not so much memory.
         """
-        self._device, self._least_batch, self._timing_enabled = device, least_batch, timing_enabled
+        self._device, self._least_batch, self._max_batch = device, least_batch, max_batch
+        self._timing_enabled = timing_enabled
+        self._last_timed: TimedRun | None = None
+        # Graphs of one image run once for each, and the host has few to wait for: there, more images only take time.
+        self._has_few_batches = not device.is_host and all(graph.takes_batches for graph in graphs.values())
         self._runners = [graph.runner for graph in graphs.values()]
         records = {role: graph.record for role, graph in graphs.items()}
         try:
@@ -107,15 +135,15 @@ class Execution:
         """Run a call and wait; the caller owns the results. One run is enqueued while another one is finished."""
         results = HostResults(call, self._memory.shapes)
         runs: deque[HostRun] = deque()
-        timings = []
+        timed = []
         for first in range(0, call.count, call.max_batch):
             if len(runs) == ARENA_SLOTS:
                 runs.popleft().finish()
             runs.append(self._start_host_run(call, first, results))
-            timings.append(runs[-1].timings)
+            timed.append(runs[-1].timed)
         for run in runs:
             run.finish()
-        return results.result(sum_timings([one for one in timings if one is not None]))
+        return results.result(timings_of(timed))
 
     def invert_on_device(self, call: Call) -> DeviceInversion:
         """Enqueue a call whose images are on the device, and return its results, which are there too."""
@@ -124,29 +152,28 @@ class Execution:
             results = self._device_results(lease.slot, call)
             call.inputs.reserve(lease.slot)
         inputs = call.inputs.staged(lease.slot)
-        timings = []
+        timed = []
         with self._lock:
             for first in range(0, call.count, call.max_batch):
                 last = min(first + call.max_batch, call.count)
-                timings.append(self._enqueue(call, inputs.part(first, last), first, lease.slot, results))
+                timed.append(self._enqueue(call, inputs.part(first, last), first, lease.slot, results))
             event = lease.slot.event
             assert event is not None
-        measured = sum_timings([one for one in timings if one is not None])
-        return DeviceInversion(results.arrays, lease, event, timings=measured)
+        return DeviceInversion(results.arrays, lease, event, measure=lambda: timings_of(timed))
 
     def start(self, call: Call) -> PendingInversion[Inversion]:
         """Enqueue a call of one run, or one whose images are on the device, and return what waits for it."""
         if call.is_on_device:
             inversion = self.invert_on_device(call)
-            return PendingInversion(is_done=inversion.is_done, finish=inversion.waited)
+            return PendingInversion(is_done=inversion.is_done, finish=inversion.waited, event=inversion.event)
         results = HostResults(call, self._memory.shapes)
         run = self._start_host_run(call, 0, results)
 
         def finish() -> InversionResult:
             run.finish()
-            return results.result(run.timings)
+            return results.result(timings_of([run.timed]))
 
-        return PendingInversion(is_done=run.is_done, finish=finish)
+        return PendingInversion(is_done=run.event.is_done, finish=finish, event=run.event)
 
     def close(self) -> None:
         """Wait for what is in flight, and release all but what results on the device lie in. Safe to call twice."""
@@ -168,18 +195,28 @@ class Execution:
             inputs.reserve(lease.slot)
         inputs = inputs.staged(lease.slot)
         with self._lock:
-            timings = self._enqueue(call, inputs, first, lease.slot, results)
+            timed = self._enqueue(call, inputs, first, lease.slot, results)
             assert lease.slot.event is not None
-            return HostRun(lease, lease.slot.event, timings)
+            return HostRun(lease, lease.slot.event, timed)
 
-    def _enqueue(self, call: Call, inputs: Inputs, first: int, slot: Slot, output: Output) -> InversionTimings | None:
-        """Enqueue one run; with timing, wait for it and return its times."""
-        device, state, count = self._device, self._memory.state, len(inputs.images)
+    def _batch_of(self, count: int) -> int:
+        """Return the batch size that so many images run in."""
         batch = max(self._least_batch, count)
+        if not self._has_few_batches:
+            return batch
+        return min(1 << (batch - 1).bit_length(), self._max_batch)
+
+    def _enqueue(self, call: Call, inputs: Inputs, first: int, slot: Slot, output: Output) -> TimedRun | None:
+        """Enqueue one run; with timing, return what gives its times."""
+        device, state, count = self._device, self._memory.state, len(inputs.images)
+        batch = self._batch_of(count)
         loop = self.loops.loop(
             batch=batch, steps=call.steps, every_step=call.every_step, from_average=inputs.latents is None
         )
         timed = self._timing_enabled
+        if self._last_timed is not None:
+            last, self._last_timed = self._last_timed, None
+            last.timings()
         try:
             if call.stream is not None and not call.is_on_device:  # else the queue waits since the array was found
                 device.wait_for_stream(call.stream)
@@ -188,7 +225,7 @@ class Execution:
             self._set_start(inputs, batch)
             marks += [device.record(timing=True)] if timed else []
             marks += loop.run()
-            for step, (image, latent) in enumerate(loop.graphs.results(call.steps, count)):
+            for step, (image, latent) in enumerate(loop.results(count)):
                 output.put(slot, step, first, image, latent)
             output.put_current(slot, first, state.part("current", 0, count))
             for stream in call.followed_streams:
@@ -197,10 +234,9 @@ class Execution:
             end = slot.event = device.record(timing=timed)
             self._keep_alive(end, call.kept_alive)
         self.loops.record(loop)
-        if not timed:
-            return None
-        end.wait()
-        return timings_from([*marks, end])
+        if timed:
+            self._last_timed = TimedRun([*marks, end])
+        return self._last_timed
 
     def _set_target(self, images: Array, slot: Slot, batch: int) -> None:
         """Enqueue the images' way into the state; of fewer than the batch the last one fills the rest."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from restyle_deploy.cuda_driver import call, driver, order_streams, primary_context
+from restyle_deploy.cuda_driver import call, check_stream, driver, order_streams, primary_context
 from restyle_deploy.device_array import DLPACK_CUDA, DeviceArray
 from restyle_deploy.errors import DeviceError
 
@@ -24,7 +26,7 @@ def view_external(source: Any, *, device_index: int, stream: int) -> DeviceArray
         device_index: of the device, whose context is current.
         stream: that the array will be read on; it is made to wait for the work that fills the array.
     Raises:
-        ValueError: the array is on another device.
+        ValueError: the array is on another device, or in memory of another context on it.
         TypeError: it is not contiguous, or of a type that NumPy has not, or cannot be exported.
     """
     if isinstance(source, DeviceArray):
@@ -38,7 +40,7 @@ def view_external(source: Any, *, device_index: int, stream: int) -> DeviceArray
         if kind == DLPACK_CUDA:
             _check_device(index, device_index)
         return _view_by_dlpack(source, device_index=device_index, stream=stream)
-    interface = getattr(source, "__cuda_array_interface__", None)
+    interface = _interface_of(source)
     if interface is None:
         return None
     return _view_by_interface(source, interface, device_index=device_index, stream=stream)
@@ -65,34 +67,92 @@ def _view_by_dlpack(source: Any, *, device_index: int, stream: int) -> DeviceArr
 
 
 def _view_by_interface(source: Any, interface: Any, *, device_index: int, stream: int) -> DeviceArray:
-    shape, dtype = tuple(map(int, interface["shape"])), np.dtype(interface["typestr"])
-    address, producer = int(interface["data"][0]), interface.get("stream")
-    if interface.get("mask") is not None:
-        raise TypeError(f"images: a masked {type(source).__name__}; pass its data alone")
-    if producer == 0:
+    fields = _read_interface(source, interface)
+    if fields.producer == 0:
         raise ValueError("images: its __cuda_array_interface__ names stream 0, which the protocol does not allow")
-    if math.prod(shape):
-        _check_device(_device_of(address), device_index)
-    strides = interface.get("strides")
-    _check_contiguous(source, shape, strides and [stride // dtype.itemsize for stride in strides])
-    if producer is not None:
-        order_streams(int(producer), stream, context=primary_context(device_index))
+    if math.prod(fields.shape):
+        _check_place(fields.address, device_index)
+    _check_contiguous(
+        source, fields.shape, fields.strides and [stride // fields.dtype.itemsize for stride in fields.strides]
+    )
+    if fields.producer is not None:
+        context = primary_context(device_index)
+        check_stream(fields.producer, context=context)
+        order_streams(fields.producer, stream, context=context)
     return DeviceArray(
-        address=address,
-        shape=shape,
-        dtype=dtype,
+        address=fields.address,
+        shape=fields.shape,
+        dtype=fields.dtype,
         device_index=device_index,
         stream=stream,
         owner=source,
     )
 
 
-def _device_of(address: int) -> int:
-    attribute = driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+@dataclass(frozen=True, kw_only=True)
+class _Interface:
+    """What a `__cuda_array_interface__` tells: strides in bytes, None for C order; the producer's stream or None."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    address: int
+    strides: tuple[int, ...] | None
+    producer: int | None
+
+
+def _read_interface(source: Any, interface: Any) -> _Interface:
+    """Return the fields of an interface; raise `TypeError` where it does not keep to the protocol."""
     try:
-        return int(call("cuPointerGetAttribute", attribute, address))
+        shape = tuple(operator.index(size) for size in interface["shape"])
+        dtype = np.dtype(str(interface["typestr"]))  # without `str`, None would be float64
+        address = operator.index(interface["data"][0])
+        strides = interface.get("strides")
+        strides = None if strides is None else tuple(operator.index(stride) for stride in strides)
+        producer, mask = interface.get("stream"), interface.get("mask")
+        producer = None if producer is None else operator.index(producer)
+        if min(shape, default=0) < 0 or not 0 <= address < 2**64 or len(strides or shape) != len(shape):
+            raise ValueError(f"shape {shape}, strides {strides}, address {address}")
+        if dtype.itemsize == 0 or dtype.hasobject:
+            raise ValueError(f"typestr {interface['typestr']!r}")
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise TypeError(
+            f"images: the __cuda_array_interface__ of a {type(source).__name__} is not as the protocol has it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if mask is not None:
+        raise TypeError(f"images: a masked {type(source).__name__}; pass its data alone")
+    return _Interface(shape=shape, dtype=dtype, address=address, strides=strides, producer=producer)
+
+
+def _interface_of(source: Any) -> Any:
+    """Return a caller's `__cuda_array_interface__`; None where it has none."""
+    try:
+        return getattr(source, "__cuda_array_interface__", None)
+    except Exception as error:  # of whoever wrote it: torch's refuses tensors with a gradient
+        raise TypeError(
+            f"images: the __cuda_array_interface__ of a {type(source).__name__} cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_place(address: int, device_index: int) -> None:
+    """Raise `ValueError` unless an address is in memory that the session's kernels can reach."""
+    attributes = driver().CUpointer_attribute
+    try:
+        index = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
     except DeviceError as error:
         raise ValueError(f"images: the address {address:#x} is not in a GPU's memory ({error})") from error
+    _check_device(index, device_index)
+    try:
+        context = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_CONTEXT, address))
+    except DeviceError:  # memory that belongs to none, as that of pools
+        return
+    if context not in (0, primary_context(device_index)):
+        raise ValueError(
+            f"images: the address {address:#x} was allocated in a CUDA context of its own, whose memory the session "
+            f"cannot reach; work in the one that libraries share on cuda:{device_index}: with PyCUDA, "
+            "import pycuda.autoprimaryctx in place of pycuda.autoinit"
+        )
 
 
 def _check_device(index: int, expected: int) -> None:

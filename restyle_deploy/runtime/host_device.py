@@ -112,6 +112,10 @@ class HostDevice:
         """Note the time."""
         return HostEvent()
 
+    def check_stream(self, stream: int) -> None:
+        """Raise `ValueError`: the host has no streams."""
+        self.wait_for_stream(stream)
+
     def wait_for_stream(self, stream: int) -> None:
         """Raise `ValueError`: the host has no streams."""
         raise ValueError("the host has no CUDA streams")
@@ -155,7 +159,7 @@ def array_on_host(source: Any, device: str) -> NDArray[Any] | None:
     if isinstance(source, np.ndarray):
         return source
     if not hasattr(source, "__dlpack_device__"):
-        if hasattr(source, "__cuda_array_interface__"):
+        if _is_on_gpu(source):
             raise ValueError(f"images: an array on a GPU, the session is on {device}; copy it to the host")
         return None
     kind, index = source.__dlpack_device__()
@@ -168,6 +172,13 @@ def array_on_host(source: Any, device: str) -> NDArray[Any] | None:
         return np.from_dlpack(source)
     except (BufferError, RuntimeError) as error:
         raise TypeError(f"images: got a {type(source).__name__} that NumPy cannot read: {error}") from error
+
+
+def _is_on_gpu(source: Any) -> bool:
+    try:
+        return hasattr(source, "__cuda_array_interface__")
+    except Exception:  # of whoever wrote it: it has one, which cannot be read
+        return True
 
 
 def _numpy(array: Array) -> NDArray[Any]:

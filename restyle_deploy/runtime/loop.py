@@ -13,7 +13,7 @@ from restyle_deploy.bundle import GraphRecord
 from restyle_deploy.device_array import Array
 from restyle_deploy.errors import DeviceError
 from restyle_deploy.runtime.arena import LATENTS, Arrays, State, part_of, place_arrays
-from restyle_deploy.runtime.base import Device, Event, Replay
+from restyle_deploy.runtime.base import Block, Device, Event, Replay
 from restyle_deploy.tensors import BATCH
 
 LOGGER = logging.getLogger(__name__)
@@ -21,10 +21,16 @@ LOGGER = logging.getLogger(__name__)
 Run = Callable[[], None]
 NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
-# Loops kept, each with its recording.
-LOOPS_KEPT = 8
+Kind = tuple[int, int, bool, bool]
+"""Batch size, steps, whether each step is kept, and whether the loop starts from the average."""
+
+# Recordings kept; further kinds of calls go run by run.
+RECORDINGS_KEPT = 32
+# Calls of the session for which a recording has not been used before another kind takes its place: so there is one such
+# change in eight calls at most, however many kinds take turns.
+IDLE_CALLS = 8 * RECORDINGS_KEPT
 # Batch sizes kept bound on the host, where a library keeps working memory, or a compiled graph, for each: one for full
-# batches, one for what remains.
+# batches, one for what remains. On a GPU batches are filled up to one of a few sizes, and all of these are kept.
 HOST_BATCHES_KEPT = 2
 
 
@@ -35,6 +41,11 @@ class LoadedGraph:
     record: GraphRecord
     runner: Runner
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether one run takes any number of images."""
+        return self.record.inputs[0].shape[0] == BATCH
+
     def bind(self, buffers: Mapping[str, Array]) -> list[Run]:
         """Bind those of the buffers that the graph names: one run, or one per image for a graph that takes one image.
 
@@ -43,7 +54,7 @@ class LoadedGraph:
         """
         specs = self.record.inputs + self.record.outputs
         named = {spec.name: buffers[spec.name] for spec in specs}
-        if specs[0].shape[0] == BATCH:
+        if self.takes_batches:
             return [self.runner.bind(named)]
         count = len(named[specs[0].name])
         return [
@@ -67,104 +78,139 @@ def load_graphs(
     graphs: dict[str, LoadedGraph] = {}
     with ExitStack() as loaded:
         for role, record in records.items():
-            runner = module.load(record.path, record.inputs, record.outputs, options, weights.get(role))
+            runner = module.load(record.path, record.inputs, record.outputs, options.for_graph(role), weights.get(role))
             loaded.callback(runner.close)
             graphs[role] = LoadedGraph(record=record, runner=runner)
         loaded.pop_all()  # all are there: the session closes them
     return graphs
 
 
-class BoundGraphs:
-    """The runs of all graphs on the state, at one batch size.
-
-    Two latents take turns: step t reads one and writes the other. With `steps_kept`, every step has an image and a
-    latent of its own instead, in a block that this owns.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The runs of one step, and where their results are.
 
     Attributes:
-        state, batch, steps_kept: what they are bound to.
-        target_runs: once per call.
-        encoder_runs, generator_runs, preview_runs: by turn; no previews where the generator renders every step.
+        encoder, generator, preview: runs; no previews where the generator renders every step.
+        arrays, image, latent: names of the results, and what has them.
     """
 
-    def __init__(
-        self, device: Device, state: State, graphs: Mapping[str, LoadedGraph], *, batch: int, steps_kept: int
-    ) -> None:
-        """Allocate what is kept, and bind.
+    encoder: list[Run]
+    generator: list[Run]
+    preview: list[Run]
+    arrays: Arrays
+    image: str
+    latent: str
+
+    def results(self, count: int) -> tuple[Array, Array]:
+        """Return image and latent of the first `count` images: views."""
+        return self.arrays.part(self.image, 0, count), self.arrays.part(self.latent, 0, count)
+
+
+class BoundGraphs:
+    """The runs of all graphs on the state, at one batch size. Runs are bound when a loop first needs them.
+
+    Two latents take turns: step t reads one and writes the other. Where steps are kept, each has an image and a latent
+    of its own instead, in blocks that this owns; loops of any number of steps share them.
+
+    Attributes:
+        batch: images of one run.
+        target_runs: once per call.
+    """
+
+    def __init__(self, device: Device, state: State, graphs: Mapping[str, LoadedGraph], *, batch: int) -> None:
+        """Bind what is run once per call.
 
         Args:
             device, state: where the graphs run.
             graphs: `encoder` and `generator`. With `target`, that runs once for each image set and the encoder takes
                 its features. With `preview`, that takes the generator's place at all steps but the last.
             batch: images of one run.
-            steps_kept: steps whose results are kept; 0 for the last one only, as a preview has no image.
         """
-        self.state, self.batch, self.steps_kept = state, batch, steps_kept
-        self._kept = _KeptSteps(device, graphs, batch=batch, steps=steps_kept) if steps_kept else None
-        self.encoder_runs: list[list[Run]] = []
-        self.generator_runs: list[list[Run]] = []
-        self.preview_runs: list[list[Run]] = []
-        with ExitStack() as refused:
-            refused.callback(self.close)
-            shared = {name: state.part(name, 0, batch) for name in state.names}
-            self.target_runs = graphs["target"].bind(shared) if "target" in graphs else []
-            for turn in range(steps_kept or len(LATENTS)):
-                before, after = self._latent(turn, batch), self._latent(turn + 1, batch)
-                self.encoder_runs.append(graphs["encoder"].bind({**shared, "latent": before, "latent_out": after}))
-                rendered = {**shared, "latent": after, "image": self._image(turn, batch)}
-                self.generator_runs.append(graphs["generator"].bind(rendered))
-                if "preview" in graphs:
-                    self.preview_runs.append(graphs["preview"].bind(rendered))
-            refused.pop_all()
+        self.batch = batch
+        self._device, self._state, self._graphs = device, state, graphs
+        self._shared = {name: state.part(name, 0, batch) for name in state.names}
+        self.target_runs = graphs["target"].bind(self._shared) if "target" in graphs else []
+        self._turns: list[Step] = []
+        self._kept: list[Step] = []
+        self._blocks: list[Block] = []
 
-    def results(self, steps: int, count: int) -> list[tuple[Array, Array]]:
-        """Return (image, latent) of the first `count` images, for each step that is kept: views."""
-        if self.steps_kept:
-            return [(self._image(step, count), self._latent(step + 1, count)) for step in range(self.steps_kept)]
-        return [(self._image(0, count), self._latent(steps, count))]
+    def turns(self, steps: int, *, every_step: bool) -> list[Step]:
+        """Return what so many steps take in turns, bound now if it is not; one for each step where they are kept.
+
+        Raises:
+            DeviceError: there is no memory for what is kept; all that was there before is as it was.
+        """
+        if every_step:
+            if len(self._kept) < steps:
+                self._keep(steps)
+            return self._kept[:steps]
+        if not self._turns:
+            arrays = self._state.arrays
+            first, second = LATENTS
+            self._turns = [
+                self._bind_step(self._state.part(before, 0, self.batch), arrays, "image", after)
+                for before, after in ((first, second), (second, first))
+            ]
+        return self._turns
+
+    def start(self) -> None:
+        """Enqueue what makes a loop start from the average."""
+        self._state.set_average(self.batch)
 
     def close(self) -> None:
         """Release what is kept; safe to call twice."""
-        if self._kept is not None:
-            self._kept.block.close()
+        self._kept.clear()
+        with ExitStack() as closing:
+            while self._blocks:
+                closing.callback(self._blocks.pop().close)
 
-    def _image(self, step: int, count: int) -> Array:
-        if self._kept is None:
-            return self.state.part("image", 0, count)
-        return self._kept.part("image", step, count)
+    def _keep(self, count: int) -> None:
+        """Allocate and bind those of so many steps that are not there yet, each at an address of its own."""
+        steps = range(len(self._kept), count)
+        records = self._graphs["generator"].record
+        specs = {spec.name: spec for spec in (*records.inputs, *records.outputs)}
+        shapes = {f"{name} {step}": specs[name].concrete_shape(1)[1:] for name in ("latent", "image") for step in steps}
+        places, nbytes = place_arrays(shapes, self.batch)
+        with ExitStack() as refused:
+            block = self._device.allocate(nbytes)
+            refused.callback(block.close)
+            arrays, bound = Arrays(self._device, block, places), list[Step]()
+            before = self._kept[-1].results(self.batch)[1] if self._kept else self._shared[LATENTS[0]]
+            for step in steps:
+                bound.append(self._bind_step(before, arrays, f"image {step}", f"latent {step}"))
+                before = arrays.part(f"latent {step}", 0, self.batch)
+            refused.pop_all()
+        self._blocks.append(block)
+        self._kept += bound
 
-    def _latent(self, step: int, count: int) -> Array:
-        """Return what step `step`, counted from 1, has written; 0 for what the first one reads."""
-        if self._kept is None or step == 0:
-            return self.state.part(LATENTS[step % len(LATENTS)], 0, count)
-        return self._kept.part("latent", step - 1, count)
-
-
-class _KeptSteps:
-    """Images and latents of all steps, each step's at an address of its own that libraries can vectorise from."""
-
-    def __init__(self, device: Device, graphs: Mapping[str, LoadedGraph], *, batch: int, steps: int) -> None:
-        specs = {spec.name: spec for spec in (*graphs["generator"].record.inputs, *graphs["generator"].record.outputs)}
-        shapes = {
-            f"{name} {step}": specs[name].concrete_shape(1)[1:] for name in ("latent", "image") for step in range(steps)
-        }
-        places, nbytes = place_arrays(shapes, batch)
-        self.block = device.allocate(nbytes)
-        self._arrays = Arrays(device, self.block, places)
-
-    def part(self, name: str, step: int, count: int) -> Array:
-        """Return the first `count` rows of a step, counted from 0."""
-        return self._arrays.part(f"{name} {step}", 0, count)
+    def _bind_step(self, before: Array, arrays: Arrays, image: str, latent: str) -> Step:
+        after = arrays.part(latent, 0, self.batch)
+        read = {**self._shared, "latent": before, "latent_out": after}
+        rendered = {**self._shared, "latent": after, "image": arrays.part(image, 0, self.batch)}
+        return Step(
+            encoder=self._graphs["encoder"].bind(read),
+            generator=self._graphs["generator"].bind(rendered),
+            preview=self._graphs["preview"].bind(rendered) if "preview" in self._graphs else [],
+            arrays=arrays,
+            image=image,
+            latent=latent,
+        )
 
 
 class Loop:
-    """So many steps of bound graphs, from the average or from what the state holds."""
+    """So many steps of bound graphs, from the average or from what the state holds.
 
-    def __init__(
-        self, device: Device, graphs: BoundGraphs, *, steps: int, from_average: bool, timing_enabled: bool
-    ) -> None:
-        self.graphs, self.steps = graphs, steps
-        self._from_average = from_average
-        self._device, self._timing_enabled = device, timing_enabled
+    Attributes:
+        kind: what tells it from others.
+        last_call: the session's call, counted, that has used it last.
+    """
+
+    def __init__(self, device: Device, graphs: BoundGraphs, kind: Kind, *, timing: bool) -> None:
+        """Take graphs, whose runs are bound now if they are not; with `timing`, put marks between them."""
+        self.kind, self.last_call = kind, 0
+        _, self._steps, self._is_every_kept, self._is_from_average = kind
+        self._device, self._graphs, self._timing = device, graphs, timing
+        self._turns = graphs.turns(self._steps, every_step=self._is_every_kept)
         self._marks: list[Event] = []
         self._replay: Replay | None = None
 
@@ -186,6 +232,11 @@ class Loop:
             self._enqueue()
         return self._marks
 
+    def results(self, count: int) -> list[tuple[Array, Array]]:
+        """Return (image, latent) of the first `count` images, for each step that is kept: views."""
+        kept = range(0 if self._is_every_kept else self._steps - 1, self._steps)
+        return [self._turns[step % len(self._turns)].results(count) for step in kept]
+
     def record(self) -> None:
         """Record the runs, which have run once: their memory is allocated and their kernels are loaded.
 
@@ -200,27 +251,30 @@ class Loop:
             self._replay.close()
 
     def _enqueue(self) -> None:
-        graphs, marks = self.graphs, []
-        if self._from_average:
-            graphs.state.set_average(graphs.batch)
-        for run in graphs.target_runs:
+        marks = []
+        if self._is_from_average:
+            self._graphs.start()
+        for run in self._graphs.target_runs:
             run()
-        intermediate = graphs.preview_runs or graphs.generator_runs
-        for step in range(self.steps):
-            turn = step % len(graphs.encoder_runs)
-            for run in graphs.encoder_runs[turn]:
+        for step in range(self._steps):
+            turn = self._turns[step % len(self._turns)]
+            for run in turn.encoder:
                 run()
-            if self._timing_enabled:
+            if self._timing:
                 marks.append(self._device.record(timing=True))
-            for run in (intermediate if step < self.steps - 1 else graphs.generator_runs)[turn]:
+            for run in turn.generator if step == self._steps - 1 else turn.preview or turn.generator:
                 run()
-            if self._timing_enabled:
+            if self._timing:
                 marks.append(self._device.record(timing=True))
         self._marks = marks
 
 
 class LoopCache:
-    """The loops of a session, by batch size, steps, what is kept and the start; the least recently used one goes."""
+    """The graphs of a session bound by batch size, and the recordings of loops over them, by kind.
+
+    A kind is recorded when it is first called, as long as there is room; after that it takes the place of a recording
+    that has been idle for long, or goes run by run. So no order of calls makes recordings come and go all the time.
+    """
 
     def __init__(
         self,
@@ -240,66 +294,87 @@ class LoopCache:
         """
         self._device, self._state, self._graphs = device, state, graphs
         self._timing_enabled = timing_enabled
-        self._is_recording = capture
-        self._batches_kept = HOST_BATCHES_KEPT if device.is_host else LOOPS_KEPT
-        self._loops: OrderedDict[tuple[int, int, bool, bool], Loop] = OrderedDict()
+        self._is_recording = capture and not device.is_host  # where a replay is not quicker
+        self._calls = 0
+        self._bound: OrderedDict[int, BoundGraphs] = OrderedDict()
+        self._recorded: OrderedDict[Kind, Loop] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._loops)
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes that are bound, the least recently used one first."""
+        return tuple(self._bound)
+
+    @property
+    def recordings(self) -> int:
+        """Recordings that are kept."""
+        return len(self._recorded)
 
     def loop(self, *, batch: int, steps: int, every_step: bool, from_average: bool) -> Loop:
-        """Return a loop; bound now if there is none."""
-        key = (batch, steps, every_step, from_average)
-        if key not in self._loops:
-            steps_kept = steps if every_step else 0
-            bound = self._bound(batch, steps_kept)
-            self._shrink(bound)
-            if bound is None:
-                bound = BoundGraphs(self._device, self._state, self._graphs, batch=batch, steps_kept=steps_kept)
-            self._loops[key] = Loop(
-                self._device, bound, steps=steps, from_average=from_average, timing_enabled=self._timing_enabled
-            )
-        self._loops.move_to_end(key)
-        return self._loops[key]
+        """Return a loop; its graphs are bound now if they are not.
+
+        Raises:
+            DeviceError: there is no memory for the steps that are kept, though all that was idle has been released.
+        """
+        self._calls += 1
+        kind = (batch, steps, every_step, from_average)
+        loop = self._recorded.get(kind)
+        if loop is None:
+            try:
+                loop = self._bind(kind)
+            except DeviceError:
+                if not self._bound:
+                    raise
+                self.close()
+                loop = self._bind(kind)
+        else:
+            self._recorded.move_to_end(kind)
+        loop.last_call = self._calls
+        return loop
 
     def record(self, loop: Loop) -> None:
-        """Record a loop that has run, if it is not yet; where that is refused, loops go on run by run."""
+        """Record a loop that has run, if it is not yet and there is room; where that is refused, none is any more."""
         if loop.is_recorded or not self._is_recording:
             return
         if not all(graph.runner.is_capturable for graph in self._graphs.values()):  # some know only once they have run
             self._is_recording = False
+            return
+        if not self._has_room():
             return
         try:
             loop.record()
         except DeviceError as error:
             self._is_recording = False
             LOGGER.warning("the loop cannot be recorded (%s); its runs are launched one by one", error)
+        else:
+            self._recorded[loop.kind] = loop
 
     def close(self) -> None:
-        """Release all loops; safe to call twice."""
+        """Wait, and release all recordings and all that is bound; safe to call twice, and `loop` binds anew."""
         with ExitStack() as closing:
-            for _ in self._loops:
-                closing.callback(self._drop)
-
-    def _bound(self, batch: int, steps_kept: int) -> BoundGraphs | None:
-        """Return the graphs that are bound for loops of a batch size, and of the steps that are kept."""
-        bound = (loop.graphs for loop in self._loops.values())
-        return next((graphs for graphs in bound if (graphs.batch, graphs.steps_kept) == (batch, steps_kept)), None)
-
-    def _shrink(self, kept: BoundGraphs | None) -> None:
-        """Make room for a loop of graphs that are bound, or for graphs before they are: then memory is scarce."""
-        while len(self._loops) >= LOOPS_KEPT or (kept is None and self._count_bound() >= self._batches_kept):
-            self._drop(kept=kept)
-
-    def _count_bound(self) -> int:
-        return len({id(loop.graphs) for loop in self._loops.values()})
-
-    def _drop(self, *, kept: BoundGraphs | None = None) -> None:
-        _, loop = self._loops.popitem(last=False)
-        try:
+            while self._bound:
+                closing.callback(self._bound.popitem()[1].close)
+            while self._recorded:
+                closing.callback(self._recorded.popitem()[1].close)
             if not self._device.is_host:
-                self._device.synchronize()  # its runs may be in the queue, and go with what they are bound to
-            loop.close()
-        finally:
-            if loop.graphs is not kept and all(loop.graphs is not other.graphs for other in self._loops.values()):
-                loop.graphs.close()
+                self._device.synchronize()  # runs may be in the queue, and go with what they are bound to
+
+    def _bind(self, kind: Kind) -> Loop:
+        batch, *_ = kind
+        graphs = self._bound.get(batch)
+        if graphs is None:
+            while self._device.is_host and len(self._bound) >= HOST_BATCHES_KEPT:
+                self._bound.popitem(last=False)[1].close()
+            graphs = self._bound[batch] = BoundGraphs(self._device, self._state, self._graphs, batch=batch)
+        self._bound.move_to_end(batch)
+        return Loop(self._device, graphs, kind, timing=self._timing_enabled)
+
+    def _has_room(self) -> bool:
+        """Whether one more may be recorded; makes room where a recording has been idle for long."""
+        if len(self._recorded) < RECORDINGS_KEPT:
+            return True
+        oldest = next(iter(self._recorded.values()))
+        if self._calls - oldest.last_call < IDLE_CALLS:
+            return False
+        del self._recorded[oldest.kind]
+        oldest.close()
+        return True

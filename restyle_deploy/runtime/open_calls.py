@@ -16,6 +16,12 @@ class OpenCalls:
         self._changed = threading.Condition()
         self._count, self._is_closed = 0, False
         self._worker: ThreadPoolExecutor | None = None
+        self._worker_ident: int | None = None  # of its thread
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether further calls are refused."""
+        return self._is_closed
 
     def __enter__(self) -> None:
         with self._changed:
@@ -38,6 +44,7 @@ class OpenCalls:
         """
 
         def run() -> Result:
+            self._worker_ident = threading.get_ident()
             try:
                 return work()
             finally:
@@ -54,9 +61,9 @@ class OpenCalls:
             raise
 
     def close(self) -> None:
-        """Refuse further calls, and wait for those that go on; safe to call twice."""
+        """Refuse further calls, and wait for those that go on; safe to call twice, and in the thread of later work."""
         with self._changed:
             self._is_closed = True
             self._changed.wait_for(lambda: self._count == 0)
         if self._worker is not None:
-            self._worker.shutdown()
+            self._worker.shutdown(wait=threading.get_ident() != self._worker_ident)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.device_array import Array, DeviceArray
-from restyle_deploy.errors import DeviceError, VerificationError
+from restyle_deploy.errors import VerificationError
 from restyle_deploy.runtime.base import Event
 from restyle_deploy.runtime.slots import Lease
+from restyle_deploy.runtime.targets import stream_from
 
 Result = TypeVar("Result", covariant=True)
 
@@ -60,7 +61,7 @@ class DeviceInversion:
     """The result of an inversion in the memory of a GPU, perhaps still being computed. Safe to close twice.
 
     Attributes:
-        timings: of a session with `timing_enabled`.
+        event: reached when it is computed.
 
     Its arrays are views of a slot of the session, which goes to a later call once this, its arrays and whatever was
     made of them (by DLPack or `__cuda_array_interface__`) are gone; closing the session does not take the memory away.
@@ -70,13 +71,33 @@ class DeviceInversion:
     """
 
     def __init__(
-        self, arrays: Sequence[Array], lease: Lease, event: Event, *, timings: InversionTimings | None = None
+        self,
+        arrays: Sequence[Array],
+        lease: Lease,
+        event: Event,
+        *,
+        measure: Callable[[], InversionTimings | None] = lambda: None,
     ) -> None:
-        """Take images, latents and current, which own the slot from the moment on in which they are asked for."""
+        """Take images, latents and current, which own the slot from the moment on in which they are asked for.
+
+        Args:
+            arrays: the three.
+            lease: of the slot that they lie in.
+            event: reached when they are computed.
+            measure: waits and returns the times, which are None in a session that takes none.
+        """
         self._arrays: Sequence[Array] | None = arrays
         self._lease: Lease | None = lease
-        self._event = event
-        self.timings = timings
+        self.event, self._measure = event, measure
+
+    @property
+    def timings(self) -> InversionTimings | None:
+        """Times, of a session with `timing_enabled`: the calling thread waits until it is computed.
+
+        Raises:
+            DeviceError: work on the device failed.
+        """
+        return self._measure()
 
     @property
     def images(self) -> DeviceArray:
@@ -95,7 +116,7 @@ class DeviceInversion:
 
     def is_done(self) -> bool:
         """Whether it is computed; does not wait."""
-        return self._event.is_done()
+        return self.event.is_done()
 
     def wait(self) -> None:
         """Let the calling thread wait until it is computed.
@@ -103,7 +124,7 @@ class DeviceInversion:
         Raises:
             DeviceError: work on the device failed.
         """
-        self._event.wait()
+        self.event.wait()
 
     def waited(self) -> "DeviceInversion":
         """Return this once it is computed; see `wait`."""
@@ -127,28 +148,50 @@ class DeviceInversion:
             raise ValueError("the inversion is closed; its arrays are to be taken before")
         array = self._arrays[index]
         assert isinstance(array, DeviceArray)
-        return replace(array, owner=self._lease, ready=self._event)
+        return replace(array, owner=self._lease, ready=self.event)
 
 
 Inversion = InversionResult | DeviceInversion
 
 
 class PendingInversion(Generic[Result]):
-    """An inversion that goes on while the caller does something else. Any thread may ask."""
+    """An inversion that goes on while the caller does something else. Any thread may ask.
 
-    def __init__(self, *, is_done: Callable[[], bool], finish: Callable[[], Result]) -> None:
-        """Take what asks and what waits, and returns or raises; that is called once."""
+    Attributes:
+        event: a mark in the session's stream on a GPU, reached when the results are there: for images of the host, in
+            memory that `result` copies them from. None where a thread of the session does the work.
+    """
+
+    def __init__(
+        self, *, is_done: Callable[[], bool], finish: Callable[[], Result], event: Event | None = None
+    ) -> None:
+        """Take what asks; what waits, and returns or raises, which is called once; and the event, if there is one."""
+        self.event = event
         self._ask = is_done
         self._finish: Callable[[], Result] | None = finish
         self._lock = threading.Lock()
         self._outcome: Result | BaseException | None = None
 
     def is_done(self) -> bool:
-        """Whether it has ended, well or not; does not wait."""
-        try:
-            return self._outcome is not None or self._ask()
-        except DeviceError:  # so it has, and `result` says how
-            return True
+        """Whether it has ended, well or not; does not wait.
+
+        Raises:
+            DeviceError: the device does not say, mostly as work on it failed; `result` waits, and tells.
+        """
+        return self._outcome is not None or self._ask()
+
+    def hold(self, stream: object) -> None:
+        """Let later work of a stream wait until it has ended; the calling thread goes on.
+
+        Args:
+            stream: of the session's GPU, a handle or an object with `__cuda_stream__`.
+        Raises:
+            TypeError, ValueError: it is no stream; or there is no event, and only `wait` waits.
+            DeviceError: the device refuses.
+        """
+        if self.event is None:
+            raise ValueError("a thread of the session does this work, for which no stream can wait; call wait()")
+        self.event.hold(stream_from(stream))
 
     def wait(self) -> None:
         """Wait until it has ended, well or not."""

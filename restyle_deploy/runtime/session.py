@@ -1,6 +1,7 @@
 """A bundle opened on a backend: from images to images and latents."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
@@ -113,9 +114,9 @@ class Session:
             preview_steps: let all steps but the last render only up to the encoder's input size, which is approximate
                 and needs an engine with a preview graph. Changes nothing for a model that renders that size anyway.
             max_batch: images of one run, for which memory is allocated; unless told as many as the engine takes, or 8
-                where it takes any number.
+                where it takes any number. On a GPU fewer are filled up to 1, 2, 4 and so on.
             timing_enabled: give each result its `timings`; calls then wait for each other's end.
-            capture: record each loop on a GPU, so that a call is one launch; False launches run by run.
+            capture: record loops on a GPU, so that all steps of a call are one launch; False launches run by run.
             compile: let torch compile what it runs, which takes minutes; other backends ignore it.
         Raises:
             BundleError: the bundle is missing, damaged or of another format; or it lacks the engine or its preview
@@ -279,10 +280,26 @@ class Session:
     def close(self) -> None:
         """Wait for what is in flight, then release graphs and memory; safe to call twice.
 
+        A session that is dropped without it is closed when it is collected, with a `ResourceWarning`.
         Results on the device stay valid: they keep the memory until they are gone.
         """
         self._calls.close()
         self._execution.close()
+
+    def __del__(self) -> None:
+        # At the interpreter's end all goes anyway, and what closing takes may be gone; a failed opening has closed.
+        if sys.is_finalizing() or not hasattr(self, "_rules") or self._calls.is_closed:
+            return
+        try:
+            warnings.warn(
+                f"the session on the bundle {self.bundle.path} was not closed; "
+                "use `with Session.open(...)`, or close()",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+        finally:
+            self.close()
 
     def __enter__(self) -> "Session":
         return self

@@ -15,8 +15,10 @@ from restyle_deploy.runtime.base import Block, Device, Event
 
 # Slots of the arena: one being filled while the other is emptied.
 ARENA_SLOTS = 2
-# Further slots kept for the next call once they are free.
-SPARE_SLOTS = 2
+# Slots kept for the next calls once they are free: as many as were in use at once since the last so many leases, or the
+# ones before those; these at least, and these at most.
+LEASES_REMEMBERED = 256
+LEAST_SLOTS, MOST_SLOTS = 4, 64
 
 RESULTS = ("image", "latent", "current")
 
@@ -250,6 +252,7 @@ class Slots:
         self._free = list(first)
         self._returned: deque[Slot] = deque()  # garbage collection may interrupt whatever else touches the free ones
         self._out: dict[int, Slot] = {}
+        self._leases, self._most_out, self._most_out_before = 0, 0, 0
         self._is_closed = False
         self._closing = threading.RLock()
 
@@ -265,6 +268,7 @@ class Slots:
         else:
             slot = self._create(rows)
         self._out[id(slot)] = slot
+        self._note_use()
         return Lease(slot, self._give_back)
 
     def close(self) -> None:
@@ -288,9 +292,18 @@ class Slots:
             while self._returned:
                 closing.callback(self._returned.popleft().close)
 
+    def _note_use(self) -> None:
+        """Note how many slots are in use at once; what was so long ago is forgotten."""
+        self._leases += 1
+        if self._leases % LEASES_REMEMBERED == 0:
+            self._most_out_before, self._most_out = self._most_out, 0
+        self._most_out = max(self._most_out, len(self._out))
+
     def _close_spares(self) -> None:
-        """Close those further slots that have been free for longest."""
+        """Close those further slots that have been free for longest, beyond what was in use at once lately."""
+        kept = min(max(self._most_out, self._most_out_before, LEAST_SLOTS), MOST_SLOTS)
         spares = [slot for slot in self._free if slot not in self._arena]
-        for slot in spares[: max(0, len(spares) - SPARE_SLOTS)]:
+        surplus = len(self._free) + len(self._out) - kept
+        for slot in spares[: max(0, surplus)]:
             self._free.remove(slot)
             slot.close()

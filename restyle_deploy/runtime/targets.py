@@ -1,5 +1,6 @@
 """What callers give, checked: images, and where the loop starts."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from restyle_deploy.runtime.images import normalize_images, resize_image
 
 # Float images are meant in [-1, 1]; resampling overshoots a little, while 0..255 would be far off.
 LARGEST_VALUE = 1.5
+LARGEST_HANDLE = 2**64 - 1
 
 
 def targets_from_images(images: NDArray[Any], config: ModelConfig) -> NDArray[np.float32]:
@@ -105,16 +107,26 @@ def stream_from(stream: Any) -> int:
     Args:
         stream: the handle, or an object with `__cuda_stream__`.
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither, or its `__cuda_stream__` does not keep to the protocol.
+        ValueError: no handle is such a number.
     """
     if hasattr(stream, "__cuda_stream__"):
-        _, handle = stream.__cuda_stream__()
-        return int(handle)
+        answer = stream.__cuda_stream__()
+        try:
+            version, handle = answer
+            _, stream = operator.index(version), operator.index(handle)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"stream: the __cuda_stream__ of a {type(stream).__name__} gives {answer!r}, "
+                "expected two whole numbers: version and handle"
+            ) from error
     if isinstance(stream, bool) or not isinstance(stream, (int, np.integer)):
         raise TypeError(
             f"stream is a {type(stream).__name__}, expected a handle as a whole number, or an object that has "
             "__cuda_stream__; torch's: torch.cuda.current_stream().cuda_stream"
         )
+    if not 0 <= stream <= LARGEST_HANDLE:
+        raise ValueError(f"stream is {stream}, expected a handle: 0 to 2**64 - 1")
     return int(stream)
 
 

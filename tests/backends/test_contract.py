@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from restyle_deploy.backends import BACKENDS, load_backend
+from restyle_deploy.backends import BACKENDS, default_device, load_backend
 from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS, Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.device_array import Array, DeviceArray
@@ -27,6 +27,7 @@ from tests.backends.place import Place
 
 Buffers = dict[str, NDArray[Any]]
 
+OF_THE_CPU_ALONE = {"openvino"}
 APPROXIMATE_PRECISIONS = [precision for precision in PRECISIONS if precision != EXACT_PRECISION]
 
 
@@ -39,28 +40,39 @@ def tolerances_of(precision: str) -> dict[str, float]:
 EXACT = tolerances_of(EXACT_PRECISION)
 
 
-def list_cases() -> list[tuple[str, str]]:
-    """Return (backend, device) of all that can run here, and (backend, "none") of the others, which are skipped."""
-    cases = []
+def list_cases() -> list[Any]:
+    """Return (backend, device) of all that can run here; and of each that could on a GPU, though it cannot here.
+
+    Those of a GPU are marked so, and skip with what is missing: `pytest -m gpu` tells what has been tried.
+    """
+    cases: list[Any] = []
     for name in BACKENDS:
         try:
             devices = load_backend(name).devices()
         except BackendUnavailableError:
-            devices = ()
-        cases += [(name, device) for device in devices or ("none",)]
+            devices = (default_device(name),)
+        if name not in OF_THE_CPU_ALONE and not any(map(is_gpu, devices)):
+            devices = (*devices, "cuda:0")
+        cases += [pytest.param((name, device), marks=[pytest.mark.gpu] * is_gpu(device)) for device in devices]
     return cases
 
 
-@pytest.fixture(scope="module", params=list_cases(), ids="-".join)
+def is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def name_of(case: tuple[str, str]) -> str:
+    return "-".join(case)
+
+
+@pytest.fixture(scope="module", params=list_cases(), ids=name_of)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Name and device of a backend."""
     name, device = request.param
     try:
-        load_backend(name)
+        load_backend(name).check_options(RunnerOptions(device=device))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    if device == "none":
-        pytest.skip(f"backend {name}: no device can run it here")
     return name, device
 
 
@@ -414,7 +426,7 @@ def test_approximate_precision_is_refused_or_near(
         with pytest.raises(BackendUnavailableError, match=re.escape(refusal)):
             Session.open(bundle.path, backend=case[0], device=case[1], precision=precision)
         return
-    runner = backend.load(record.path, record.inputs, record.outputs, options)
+    runner = backend.load(record.path, record.inputs, record.outputs, options.for_graph("generator"))
     found, expected = create_buffers(bundle, "generator", 2), create_buffers(bundle, "generator", 2)
     place.run(runner, found)
     runner.close()

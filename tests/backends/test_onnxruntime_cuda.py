@@ -18,7 +18,7 @@ import pytest
 from restyle_deploy.backends.base import BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.device_array import DeviceArray
-from restyle_deploy.errors import BackendUnavailableError, BuildError, ShapeError
+from restyle_deploy.errors import BackendUnavailableError, BuildError, DeviceError, ShapeError
 from restyle_deploy.planner import random_inputs
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.verify import TOLERANCES
@@ -40,6 +40,7 @@ class FakeOrt:
         loaded: the providers that sessions have.
         refused: why sessions are refused, by the CUDA provider's option that they have.
         capture_fails: whether runs that capture are refused.
+        run_fails: what all runs raise.
         contexts: of which devices the calling thread has entered the context.
     """
 
@@ -49,6 +50,7 @@ class FakeOrt:
         self.loaded = list(PROVIDERS)
         self.refused: dict[str, str] = {}
         self.capture_fails = False
+        self.run_fails: Exception | None = None
         self.contexts: list[int] = []
         self.SessionOptions, self.RunOptions = _SessionOptions, _RunOptions
 
@@ -97,6 +99,8 @@ class FakeOrt:
         self._change_device(1)
         self.calls.append(("run", options.entries["gpu_graph_id"]))
         assert options.entries["disable_synchronize_execution_providers"] == "1"
+        if self.run_fails is not None:
+            raise self.run_fails
         if self.capture_fails and options.entries["gpu_graph_id"] != "-1":
             raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -240,6 +244,33 @@ def test_refused_graph_is_an_error_of_one_line(fake: FakeOrt, options: RunnerOpt
     fake.refused = {"device_id": "unknown node"}
     with pytest.raises(BuildError, match=r"ONNX Runtime 1\.32\.0 refuses graph\.onnx: unknown node\Z"):
         load(options)
+
+
+class Fail(Exception):  # as the library names it
+    pass
+
+
+class InvalidArgument(Exception):
+    pass
+
+
+@pytest.mark.parametrize("capture_failed", [False, True])
+def test_what_the_gpu_refuses_during_a_run_is_a_device_error(
+    fake: FakeOrt, options: RunnerOptions, monkeypatch: pytest.MonkeyPatch, capture_failed: bool
+) -> None:
+    monkeypatch.setattr(cuda, "end_capture", lambda stream: None)
+    run = load(options).bind(buffers_at(256))
+    fake.capture_fails = capture_failed
+    run()
+    fake.run_fails = Fail("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory\nmore")
+    expected = r"^ONNX Runtime 1\.32\.0 cannot run the graph: .* out of memory; where memory lacks, a smaller max_batch"
+    with pytest.raises(DeviceError, match=expected) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is fake.run_fails
+    fake.run_fails = InvalidArgument("a program's error")
+    with pytest.raises(InvalidArgument):
+        run()
 
 
 def test_provider_that_is_not_loaded_is_an_error(fake: FakeOrt, options: RunnerOptions) -> None:

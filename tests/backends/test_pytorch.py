@@ -18,7 +18,7 @@ from restyle_deploy.backends.base import DEFAULT_REQUEST, EngineOptions, RunnerO
 from restyle_deploy.backends.pytorch_execution import CudaExecution, HostExecution
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.device_array import DeviceArray
-from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.errors import BackendUnavailableError, BuildError, DeviceError
 from restyle_deploy.ops import compiler
 from restyle_deploy.tensors import TensorSpec
 
@@ -263,6 +263,43 @@ def test_settings_come_back_after_an_error(cuda: RecordedCuda) -> None:
     with execution.scope():
         assert arithmetic() != kept
     assert arithmetic() == kept
+
+
+ERRORS_OF_THE_GPU = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee more"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    *([torch.AcceleratorError("CUDA error: an illegal memory access")] if hasattr(torch, "AcceleratorError") else []),
+]
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("error", ERRORS_OF_THE_GPU, ids=lambda error: str(error)[:24])
+def test_what_the_gpu_refuses_during_a_run_is_a_device_error(error: RuntimeError) -> None:
+    def fail() -> None:
+        raise error
+
+    run = pytorch._BoundRun(fail, CudaExecution(RunnerOptions(device="cuda:0", queue=RecordedQueue())), [], [], ())
+    reason = re.escape(str(error).partition("\n")[0].rstrip("."))
+    with pytest.raises(
+        DeviceError, match=rf"^cuda:0: PyTorch \S+ cannot run the graph: {reason}; where memory"
+    ) as caught:
+        run()
+    assert caught.value.__cause__ is error
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes cannot be multiplied"), NotImplementedError("CUDA error: none"), KeyError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_a_program_stay_what_they_are(error: Exception) -> None:
+    execution = CudaExecution(RunnerOptions(device="cuda:0", queue=RecordedQueue()))
+    with pytest.raises(type(error)) as caught, execution.scope():
+        raise error
+    assert caught.value is error
 
 
 def test_graphs_on_one_queue_share_a_pool_that_goes_with_it(cuda: RecordedCuda) -> None:

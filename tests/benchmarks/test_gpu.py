@@ -14,6 +14,7 @@ from benchmarks.gpu_contenders import COMPILED, GPU_CONTENDERS, GpuContender
 from benchmarks.gpu_floor import DeviceRates
 from benchmarks.gpu_table import COMPILED as COMPILED_ROWS
 from benchmarks.gpu_table import UPSTREAM, GpuRow
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 
 Measured = list[tuple[str, int, list[str]]]
 
@@ -45,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, project_root: Path) -> Measured:
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 1
-    assert result.stderr == "Error: no NVIDIA GPU: nothing was measured; a dry run is: --device cpu\n"
+    assert result.stderr == f"Error: {why_torch_sees_no_gpu()}: nothing was measured; a dry run is: --device cpu\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -17,6 +17,7 @@ from benchmarks.gpu_table import Growth
 from benchmarks.gpu_worker import CallTimes
 from benchmarks.processes import WorkerError
 from benchmarks.upstream_arithmetic import UpstreamArithmetic
+from restyle_deploy.bench.memory import MemoryWatch
 from restyle_deploy.runtime.results import InversionResult
 from tests.toy import toy_model
 
@@ -174,12 +175,13 @@ def server(toy_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     server = gpu_worker._Server(
         GPU_CONTENDERS["pytorch-fp32"], toy_files, tmp_path / "inputs.npy", steps=2, device="cpu"
     )
+    server._watch = MemoryWatch(iter(range(0, 1000 * 2**20, 2**20)).__next__, interval_s=60)
+    server._watching.enter_context(server._watch)
     free = iter(range(1000 * 2**20, 0, -(2**20)))
     monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 0))
     server._on_gpu, server._inverter, server._target = True, StandInInverter(), torch.zeros(1)
-    server._free_before = server._free_bytes()
     return server
 
 
@@ -188,7 +190,8 @@ def test_calls_on_a_gpu_are_timed_by_events(server: gpu_worker._Server, tmp_path
     assert answer["gpu_ms"] == [4.0] * 3
     assert len(answer["wall_ms"]) == len(answer["host_us"]) == 3
     assert all(host <= 1e3 * wall for host, wall in zip(answer["host_us"], answer["wall_ms"], strict=True))
-    assert answer["device_mib"] == 1
+    assert answer["device_mib"] == 1  # at the end of the calls
+    assert server.call("1")["device_mib"] == 1  # calls that are timed are not watched
     with np.load(tmp_path / "results.npz") as results:
         assert results["images"].item() == 4  # of the last call; the first one does not count
 

@@ -37,6 +37,7 @@ from restyle_deploy.bench.measure import StepLatency, step_latency_from
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.latency import Latency
 from restyle_deploy.ops.kernels.launches import Epilogue, launch_upfirdn2d
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 
 UP_LAYER = Problem(case="up-layer", size=1024, batch=2, dtype="float16", channels_last=False)
 
@@ -256,7 +257,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(kernels.main, [])
     assert result.exit_code == 1
-    assert result.output == "Error: no NVIDIA GPU: nothing was measured\n"
+    assert result.output == f"Error: {why_torch_sees_no_gpu()}: nothing was measured\n"
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

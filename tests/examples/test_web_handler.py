@@ -16,6 +16,7 @@ from PIL import Image
 from examples import web_handler
 from examples.web_handler import InversionServer, png_from_pixels
 from restyle_deploy import Session
+from restyle_deploy.errors import DeviceError, VerificationError
 
 CLIENTS = 8
 
@@ -75,6 +76,8 @@ def test_health_is_the_sessions_description(server: InversionServer, session: Se
         ("POST", "/invert", b"", 400, "the body: empty file"),
         ("POST", "/invert?steps=0", b"", 400, "steps is '0', expected 1 to 50"),
         ("POST", "/invert?steps=many", b"", 400, "steps is 'many', expected 1 to 50"),
+        ("POST", f"/invert?steps={'9' * 5000}", b"", 400, "steps is '99999999999999999999', expected 1 to 50"),
+        ("POST", "/invert?steps=%D9%A3", b"", 400, "expected 1 to 50"),
         ("POST", "/other", b"", 404, "known are GET /health and POST /invert"),
         ("GET", "/", b"", 404, "known are GET /health and POST /invert"),
     ],
@@ -91,17 +94,45 @@ def test_a_body_too_large_is_not_read(server: InversionServer, monkeypatch: pyte
     assert ask(server, "POST", "/invert", b"x" * 11) == (413, b"11 bytes, at most 10 are taken\n")
 
 
-def test_an_error_of_the_model_is_the_servers(
-    server: InversionServer, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from restyle_deploy.errors import VerificationError
+@pytest.mark.parametrize(
+    ("length", "status", "reason"),
+    [
+        ("9" * 5000, 400, "Content-Length is '99999999999999999999', expected a number of bytes"),
+        ("-1", 400, "Content-Length is '-1'"),
+        (None, 411, "no Content-Length"),
+    ],
+)
+def test_lengths_that_are_refused(server: InversionServer, length: str | None, status: int, reason: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    try:
+        connection.putrequest("POST", "/invert")
+        if length is not None:
+            connection.putheader("Content-Length", length)
+        connection.endheaders()
+        response = connection.getresponse()
+        assert (response.status, reason in response.read().decode()) == (status, True)
+    finally:
+        connection.close()
 
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (VerificationError("the image is not finite"), b"the image is not finite\n"),
+        (DeviceError("cuda:0: out of memory"), b"cuda:0: out of memory\n"),
+        (RuntimeError("a secret"), b"internal error; the server's log has it\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_errors_are_the_servers(
+    server: InversionServer, session: Session, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: bytes
+) -> None:
     def refuse(*arguments: object, **options: object) -> None:
-        raise VerificationError("the image is not finite")
+        raise error
 
     monkeypatch.setattr(session, "invert", refuse)
     picture = png_from_pixels(np.zeros((8, 8, 3), np.uint8))
-    assert ask(server, "POST", "/invert", picture) == (500, b"the image is not finite\n")
+    assert ask(server, "POST", "/invert", picture) == (500, reason)
 
 
 def test_the_command_serves_until_interrupted(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

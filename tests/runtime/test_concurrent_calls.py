@@ -104,6 +104,47 @@ def test_pending_inversion_is_enqueued_at_once() -> None:
         assert_latents(one.result().latents, target, 2)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_streams_can_wait_for_a_pending_inversion(on_device: bool) -> None:
+    device = RecordingDevice()
+    session, *_ = create_session(device=device)
+    pending = session.invert_async(device.put(targets_of(1)) if on_device else targets_of(1), steps=2)
+    assert pending.event is not None
+    assert not pending.event.is_done()
+    device.calls.clear()
+    pending.hold(5)
+    assert device.calls == [("event holds", 5)]
+    with pytest.raises(TypeError, match="stream is a str"):
+        pending.hold("5")
+    pending.event.wait()
+    assert pending.is_done()
+
+
+def test_no_stream_can_wait_for_a_thread() -> None:
+    pending = create_session()[0].invert_async(targets_of(1), steps=2)
+    assert pending.event is None
+    with pytest.raises(ValueError, match=r"for which no stream can wait; call wait\(\)"):
+        pending.hold(5)
+
+
+def test_times_do_not_hold_up_a_pending_inversion() -> None:
+    device = RecordingDevice()
+    session, *_ = create_session(device=device, timing_enabled=True)
+    session.invert(targets_of(1), steps=2)
+    waits = device.count()["wait"]
+    first = session.invert_async(targets_of(2, 1), steps=2)
+    assert device.count()["wait"] == waits
+    assert not first.is_done()
+    second = session.invert_async(targets_of(2, 2), steps=2)  # which uses the first one's marks again
+    assert first.is_done()
+    assert not second.is_done()
+    times = [one.result().timings for one in (first, second)]
+    assert None not in times
+    assert times[0] != times[1]
+    for seed, one in enumerate((first, second), start=1):
+        assert_latents(one.result().latents, targets_of(2, seed), 2)
+
+
 def test_pending_inversion_that_is_dropped_spoils_no_later_one() -> None:
     device = RecordingDevice()
     session, *_ = create_session(device=device)

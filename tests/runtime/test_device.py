@@ -147,6 +147,115 @@ thread.join()
     assert run(host_driver, COPIES, script).output.splitlines() == ["0", "[1. 2. 3. 4.] True 0"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_captures_of_others_hold_up_nothing(host_driver: HostDriver, own: bool) -> None:
+    """ONNX Runtime and torch capture in the mode that forbids all threads to wait, to ask, to allocate and to free."""
+    script = f"""
+from cuda.core import Device
+Device(0).set_current()
+other = Device(0).create_stream()
+begun, done = threading.Event(), threading.Event()
+
+def capture():
+    Device(0).set_current()
+    driver.cuStreamBeginCapture(other.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+    begun.set()
+    done.wait(30)
+    print(driver.cuStreamEndCapture(other.handle)[0].name)
+
+def work():
+    there_and_back()
+    event = device.record(timing=True)
+    print(event.is_done())
+    event.wait()
+    print(result, event.elapsed_ms(event))
+    blocks = [device.allocate(1024), device.allocate_host(1024)]
+    replay = device.capture(there_and_back)
+    replay()
+    replay.close()
+    for block in blocks:
+        block.close()
+    device.synchronize()
+    from restyle_deploy.runtime.device import open_device
+    open_device("cuda:0").close()
+    print(driver.cuStreamSynchronize(device.stream)[0].name)  # a call of someone else's, as before
+
+thread = threading.Thread(target=capture)
+if {own}:
+    driver.cuStreamBeginCapture(other.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+    work()
+    print(driver.cuStreamEndCapture(other.handle)[0].name)
+else:
+    thread.start()
+    begun.wait(30)
+    work()
+    done.set()
+    thread.join()
+"""
+    assert run(host_driver, COPIES, script).output.splitlines() == [
+        "False",
+        "[1. 2. 3. 4.] 0.0",
+        "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        "CUDA_SUCCESS",
+    ]
+
+
+def test_streams_that_are_none_are_named(host_driver: HostDriver) -> None:
+    script = """
+from cuda.core import Device
+Device(0).set_current()
+other = Device(0).create_stream()
+for stream in (0, 1, 2, int(other.handle)):
+    device.check_stream(stream)
+    device.record().hold(stream)
+driver.cuCtxCreate(None, 0, 0)
+foreign = int(driver.cuStreamCreateWithPriority(1, 0)[1])
+driver.cuCtxPopCurrent()
+event = device.record()
+for check in (lambda: device.check_stream(12345), lambda: event.hold(12345), lambda: device.check_stream(foreign)):
+    try:
+        check()
+    except ValueError as error:
+        print(str(error).replace(hex(foreign), "FOREIGN"))
+"""
+    unknown = (
+        "stream: 0x3039 is no stream of the driver (cuStreamGetCtx: CUDA_ERROR_INVALID_HANDLE); pass its handle, "
+        "with torch torch.cuda.current_stream().cuda_stream"
+    )
+    assert run(host_driver, COPIES, script).output.splitlines() == [
+        unknown,
+        unknown,
+        "stream: FOREIGN is of another GPU than the session's, or of another context than the one that libraries share "
+        "on it; make the stream on the session's GPU, with PyCUDA after import pycuda.autoprimaryctx",
+    ]
+
+
+def test_what_cuda_core_raises_is_a_device_error(host_driver: HostDriver) -> None:
+    script = """
+import cuda.core
+from cuda.core._utils.cuda_utils import CUDAError
+
+class Refused:
+    def __init__(self, index):
+        pass
+    def set_current(self):
+        pass
+    def create_stream(self):
+        raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed\\nmore")
+
+kept, cuda.core.Device = cuda.core.Device, Refused
+try:
+    open_device("cuda:0")
+except DeviceError as error:
+    print(error, "|", type(error.__cause__).__name__)
+cuda.core.Device = kept
+"""
+    assert run(host_driver, COPIES, script).output == (
+        "cuda:0: the driver refuses: CUDA_ERROR_OUT_OF_MEMORY: The API call failed; where memory lacks, a smaller "
+        "max_batch needs less; after a failed launch, begin a new process | CUDAError\n"
+    )
+
+
 def test_streams_wait_for_each_other(host_driver: HostDriver) -> None:
     script = """
 from cuda.core import Device

@@ -16,6 +16,7 @@ from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import DeviceError
 from restyle_deploy.ops.compiler import check_available
+from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from restyle_deploy.runtime.base import Device
 from restyle_deploy.runtime.device import open_device
 from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
@@ -26,8 +27,8 @@ MEBIBYTE = 2**20
 
 @pytest.fixture
 def device() -> Iterator[Device]:
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
+    if reason := why_torch_sees_no_gpu():
+        pytest.skip(reason)
     check_available()
     opened = open_device("cuda:0")
     yield opened

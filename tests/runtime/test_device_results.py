@@ -177,10 +177,42 @@ def test_stream_is_waited_for_and_waits(
     assert not [call for call in calls[holds:] if call[0].startswith("copy")]
 
 
+class Malformed:
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def __cuda_stream__(self) -> object:
+        return self.answer
+
+
 @pytest.mark.parametrize("stream", ["5", 5.0, True, object()])
 def test_other_streams_are_refused(session: Session, stream: Any) -> None:
     with pytest.raises(TypeError, match=f"stream is a {type(stream).__name__}, expected a handle .* __cuda_stream__"):
         session.invert(targets_of(1), stream=stream)
+
+
+@pytest.mark.parametrize("answer", [None, 5, (0,), (0, 5, 1), ("0", 5), (0, "5"), (0, None)])
+def test_malformed_protocol_is_named(session: Session, answer: object) -> None:
+    message = r"^stream: the __cuda_stream__ of a Malformed gives .*, expected two whole numbers: version and handle"
+    with pytest.raises(TypeError, match=message):
+        session.invert(targets_of(1), stream=Malformed(answer))
+
+
+@pytest.mark.parametrize("stream", [-1, 2**64, 2**70, Malformed((0, -1)), np.int64(-2)])
+def test_numbers_that_are_no_handle_are_refused(session: Session, stream: Any) -> None:
+    with pytest.raises(ValueError, match=r"^stream is -?\d+, expected a handle: 0 to 2\*\*64 - 1"):
+        session.invert(targets_of(1), stream=stream)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_streams_that_the_device_does_not_know_are_refused(
+    session: Session, device: RecordingDevice, later: bool
+) -> None:
+    device.unknown_streams.add(12345)
+    device.calls.clear()
+    with pytest.raises(ValueError, match=r"^stream: "):
+        (session.invert_async if later else session.invert)(targets_of(1), stream=12345)
+    assert device.calls == []
 
 
 def test_host_has_no_streams() -> None:
@@ -229,7 +261,7 @@ def test_start_of_another_session_orders_the_streams(session: Session, device: R
     start = DeviceInversion(
         [DeviceArray(**{**vars(array), "stream": 99}) for array in (start.images, start.latents, start.current)],
         start._lease,  # type: ignore[arg-type]
-        start._event,
+        start.event,
     )
     start.wait()
     device.calls.clear()

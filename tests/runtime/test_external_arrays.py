@@ -153,6 +153,50 @@ print(device.external_array(ByInterface(shape=(2, 1, 4), strides=(16, 77, 4))).s
     ]
 
 
+def test_interfaces_that_do_not_keep_to_the_protocol(host_driver: HostDriver) -> None:
+    script = """
+class Raising:
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("no such thing")
+
+class Given:
+    def __init__(self, interface):
+        self.__cuda_array_interface__ = interface
+
+wrong = [
+    ByInterface(data=None), ByInterface(data=()), ByInterface(data=("1", False)), ByInterface(data=(-8, False)),
+    ByInterface(data=(2**64, False)), ByInterface(typestr="<q9"), ByInterface(typestr=None), ByInterface(typestr="|O"),
+    ByInterface(shape=None), ByInterface(shape=(2, "3", 4)), ByInterface(shape=(-2, 3, 4)), ByInterface(strides=(4,)),
+    ByInterface(strides=5), ByInterface(stream="1"), Given({}), Given(7), Raising(),
+]
+for each in wrong:
+    refusal(each)
+"""
+    lines = run(host_driver, START, script).output.splitlines()
+    assert len(lines) == 17
+    known = "TypeError images: the __cuda_array_interface__ of a "
+    assert [line for line in lines if not line.startswith(known)] == []
+    assert all("is not as the protocol has it: " in line for line in lines[:-1])
+    assert lines[-1] == f"{known}Raising cannot be read: RuntimeError: no such thing"
+
+
+def test_memory_of_another_context_is_refused_with_the_remedy(host_driver: HostDriver) -> None:
+    script = """
+driver.cuCtxCreate(None, 0, 0)
+address = int(driver.cuMemAlloc(96)[1])
+foreign = int(driver.cuStreamCreateWithPriority(1, 0)[1])
+driver.cuCtxPopCurrent()
+refusal(ByInterface(data=(address, False)))
+refusal(ByInterface(stream=foreign))
+"""
+    memory, stream = run(host_driver, START, script).output.splitlines()
+    assert "was allocated in a CUDA context of its own, whose memory the session cannot reach" in memory
+    assert memory.startswith("ValueError images: the address 0x")
+    assert memory.endswith("import pycuda.autoprimaryctx in place of pycuda.autoinit")
+    assert stream.startswith("ValueError stream: 0x")
+
+
 EXPORTS = """
 def taken_by(stream):
     print(result[0, 0, 0])

@@ -120,6 +120,12 @@ class CudaArray:
     __cuda_array_interface__: dict[str, Any] = {}
 
 
+class UnreadableCudaArray:
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise RuntimeError("no such thing")
+
+
 def test_tensors_of_the_host_are_read_in_place() -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
@@ -157,6 +163,7 @@ def test_memory_that_a_gpu_library_has_pinned_is_the_hosts(kind: int) -> None:
         (OnDevice(2), ValueError, "device 1 of kind 2 in DLPack's count, the session is on cpu; copy it to the host"),
         (OnDevice(1), TypeError, "got a OnDevice that NumPy cannot read: it is no array"),
         (CudaArray(), ValueError, "an array on a GPU, the session is on cpu; copy it to the host"),
+        (UnreadableCudaArray(), ValueError, "an array on a GPU, the session is on cpu; copy it to the host"),
         (object(), TypeError, "images: got object, expected a NumPy array"),
     ],
 )

@@ -214,7 +214,7 @@ def test_few_loops_are_kept() -> None:
         targets = targets_of(session, count)
         found = session.invert(targets, steps=2).latents[:, 0, 0]
         np.testing.assert_allclose(found, expected_latents(targets, 2)[-1], atol=1e-5)
-        assert len(session._execution.loops) <= HOST_BATCHES_KEPT
+        assert len(session._execution.loops.batches) <= HOST_BATCHES_KEPT
     assert len(encoder.bound) == 2 * (HOST_BATCHES_KEPT + 3)
 
 
@@ -254,7 +254,7 @@ def test_closing_twice_is_safe_and_releases_the_graphs() -> None:
         session.invert(targets_of(session, 1), steps=1)
     session.close()
     assert (encoder.closed, generator.closed) == (1, 1)
-    assert not len(session._execution.loops)
+    assert not session._execution.loops.batches
 
 
 def test_closing_gives_the_memory_back() -> None:

@@ -190,6 +190,20 @@ def test_engine_of_the_precision_is_loaded(bundle: Path, engine: Path, backend: 
     assert {options.precision for _, options in backend.loaded} == {"bf16"}
 
 
+def test_mixed_precision_is_float32_in_the_encoder_only(bundle: Path, backend: FakeBackend) -> None:
+    backend.computes["encoder"] = encode_features
+    add_engine(bundle, precision="mixed", roles=ROLES, library_versions=VERSIONS)
+    with Session.open(bundle, precision="mixed", preview_steps=True) as session:
+        assert session.is_approximate
+        assert session.describe()["precision"] == "mixed"
+    assert {path.stem: options.precision for path, options in backend.loaded} == {
+        "target": "fp32",
+        "encoder": "fp32",
+        "generator": "bf16",
+        "preview": "bf16",
+    }
+
+
 @pytest.mark.usefixtures("engine")
 def test_missing_engine_of_a_precision_names_the_command(bundle: Path, backend: FakeBackend) -> None:
     command = f"restyle-deploy build {bundle} --backend onnxruntime --precision bf16"

@@ -1,8 +1,11 @@
 """What a session is like after something has failed: nothing is lost, nothing is held, and the next call is right."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,17 +239,31 @@ def test_finishing_a_run_twice_leaves_the_next_one_alone(monkeypatch: pytest.Mon
     assert_is(pending.result().latents, expected_latents(targets_of(2, 2), 2)[-1])
 
 
-def test_pending_inversion_that_failed_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_inversion_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> bool:
         raise DeviceError("made up: an earlier launch failed")
 
     session, *_ = create_session(device=RecordingDevice())
-    pending = session.invert_async(targets_of(1), steps=1)
     for name in ("is_done", "wait"):
         monkeypatch.setattr("tests.recording.RecordedEvent." + name, fail)
-    assert pending.is_done()
-    with pytest.raises(DeviceError, match="an earlier launch failed"):
-        pending.result()
+    pending = session.invert_async(targets_of(1), steps=1)
+    for ask in (pending.is_done, pending.result):
+        with pytest.raises(DeviceError, match="an earlier launch failed"):
+            ask()
+    assert pending.is_done()  # as its outcome is known
+
+
+def test_question_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise DeviceError("made up: not while others capture")
+
+    session, *_ = create_session(device=RecordingDevice())
+    monkeypatch.setattr("tests.recording.RecordedEvent.is_done", fail)
+    pending = session.invert_async(targets_of(1), steps=2)
+    with pytest.raises(DeviceError, match="not while others capture"):
+        pending.is_done()
+    monkeypatch.undo()
+    assert_is(pending.result().latents, expected_latents(targets_of(1), 2)[-1])
 
 
 def test_work_that_no_thread_takes_does_not_hold_up_closing() -> None:
@@ -266,3 +283,67 @@ def test_work_that_no_thread_takes_does_not_hold_up_closing() -> None:
     assert session._calls._count == 0
     session.close()
     assert ran == [True]
+
+
+# Sessions that nobody closes
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_dropped_session_warns_and_frees(where: str) -> None:
+    device = RecordingDevice() if where == "device" else None
+    session, encoder, _ = create_session(device=device)
+    session.invert(targets_of(1), steps=1)
+    session.invert_async(targets_of(1), steps=1).wait()
+    holder = [session]
+    del session
+    with pytest.warns(ResourceWarning, match=r"the session on the bundle made-up was not closed; .* Session\.open"):
+        holder.clear()
+    assert encoder.closed == 1
+    if device is not None:
+        assert device.open_blocks == []
+        assert not device.is_open
+
+
+def test_closed_session_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    session, *_ = create_session()
+    session.close()
+    del session
+    gc.collect()
+    assert list(recwarn) == []
+
+
+def test_session_dropped_in_its_own_thread_is_closed_there() -> None:
+    """The thread that works for a session may be the one that collects it."""
+    session, encoder, _ = create_session()
+    session.invert_async(targets_of(1), steps=1).wait()
+    worker, holder = session._calls._worker, [session]
+    assert worker is not None
+    del session
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        worker.submit(holder.clear).result(10)
+    assert encoder.closed == 1
+
+
+def test_session_that_could_not_be_opened_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    device = RecordingDevice()
+    device.memory_left = 0
+    with pytest.raises(DeviceError):
+        create_session(device=device)
+    gc.collect()
+    assert list(recwarn) == []
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_interpreter_ends_quietly_with_an_open_session(closed: bool, project_root: Path) -> None:
+    script = f"""
+from tests.fakes import create_session
+from tests.runtime.recorded import targets_of
+session, *_ = create_session()
+session.invert_async(targets_of(1), steps=2).result()
+if {closed}:
+    session.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=project_root, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

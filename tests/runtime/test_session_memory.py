@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from restyle_deploy.errors import DeviceError
-from restyle_deploy.runtime.loop import LOOPS_KEPT
+from restyle_deploy.runtime.loop import IDLE_CALLS, RECORDINGS_KEPT
 from restyle_deploy.runtime.results import DeviceInversion
-from restyle_deploy.runtime.slots import SPARE_SLOTS
+from restyle_deploy.runtime.slots import LEASES_REMEMBERED
 from tests import fakes
-from tests.fakes import FakeRunner, create_session, expected_latents
+from tests.fakes import FakeRunner, create_engine_session, create_session, expected_latents
 from tests.pictures import picture
 from tests.recording import RecordingDevice
 from tests.runtime.recorded import assert_is, invert_on, targets_of
@@ -80,21 +80,87 @@ def test_photos_larger_than_the_arena_take_memory_once(device: RecordingDevice) 
     assert sorted(name for name, _ in large) == ["allocate", "allocate pinned"]
 
 
-def test_loops_are_bounded_and_give_back_what_they_keep(device: RecordingDevice) -> None:
+def test_recordings_are_bounded_and_steps_share_what_is_kept(device: RecordingDevice) -> None:
     session, encoder, _ = create_session(device=device)
-    blocks = len(device.open_blocks)
-    for steps in range(1, LOOPS_KEPT + 4):
+    device.calls.clear()
+    for steps in range(1, RECORDINGS_KEPT + 4):
         for _ in range(2):
             result = session.invert(targets_of(1), steps=steps, every_step=True)
         assert_is(result.latents, expected_latents(targets_of(1), steps))
-        assert len(session._execution.loops) == min(steps, LOOPS_KEPT)
-    assert device.count()["close replay"] == 3
-    kept = len(device.open_blocks) - blocks
-    assert kept <= LOOPS_KEPT + 3 * (SPARE_SLOTS + 1)  # those of loops, and of slots: staged, uploaded and arrived
+        assert session._execution.loops.recordings == min(steps, RECORDINGS_KEPT)
+    assert device.count()["capture"] == RECORDINGS_KEPT
+    assert not {"close replay", "synchronize"} & device.count().keys()
+    assert len(encoder.bound) == RECORDINGS_KEPT + 3  # each step once, whatever the number of steps
     session.close()
     assert device.open_blocks == []
-    assert device.count()["close replay"] == device.count()["capture"] == LOOPS_KEPT + 3
+    assert device.count()["close replay"] == RECORDINGS_KEPT
     assert encoder.closed == 1
+
+
+@pytest.mark.parametrize("kinds", [RECORDINGS_KEPT + 1, 3 * RECORDINGS_KEPT])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_kinds_in_rotation_are_recorded_once(device: RecordingDevice, kinds: int, on_device: bool) -> None:
+    session, encoder, _ = create_session(device=device, max_batch=2)
+    images = [device.put(targets_of(count)) if on_device else targets_of(count) for count in (1, 2)]
+
+    def once() -> None:
+        for kind in range(kinds):
+            session.invert(images[kind % 2], steps=1 + kind // 4, every_step=bool(kind // 2 % 2))
+
+    for _ in range(2):
+        once()
+    device.calls.clear()
+    bound = len(encoder.bound)
+    for _ in range(2):
+        once()
+    counts = device.count()
+    assert counts["launch"] == 2 * RECORDINGS_KEPT
+    assert not {"capture", "close replay", "synchronize", "allocate", "allocate pinned", "free"} & counts.keys()
+    assert len(encoder.bound) == bound
+
+
+def test_recording_that_is_idle_gives_way(device: RecordingDevice) -> None:
+    session, *_ = create_session(device=device)
+    for steps in range(1, RECORDINGS_KEPT + 1):
+        session.invert(targets_of(1), steps=steps)
+    for _ in range(IDLE_CALLS // RECORDINGS_KEPT - 1):
+        for steps in range(2, RECORDINGS_KEPT + 2):
+            session.invert(targets_of(1), steps=steps)
+    assert device.count()["capture"] == RECORDINGS_KEPT
+    for _ in range(2 * RECORDINGS_KEPT):
+        session.invert(targets_of(1), steps=RECORDINGS_KEPT + 1)
+    assert device.count()["capture"] == RECORDINGS_KEPT + 1
+    assert device.count()["close replay"] == 1
+    device.calls.clear()
+    for steps in range(2, RECORDINGS_KEPT + 2):
+        assert_is(session.invert(targets_of(1), steps=steps).latents, expected_latents(targets_of(1), steps)[-1])
+    assert device.count()["launch"] == RECORDINGS_KEPT
+    session.invert(targets_of(1), steps=1)  # it goes run by run, as the others are all in use
+    assert device.count()["capture"] == 0
+
+
+@pytest.mark.parametrize("max_batch", [6, 8])
+def test_partial_batches_are_filled_up_to_few_sizes(device: RecordingDevice, max_batch: int) -> None:
+    session, encoder, _ = create_session(device=device, max_batch=max_batch)
+    for _ in range(2):
+        for count in range(1, max_batch + 1):
+            targets = targets_of(count, count)
+            for result in (session.invert(targets, steps=2), invert_on(session, device, targets, steps=2)):
+                assert len(result.images) == count
+                latents = device.read(result.latents) if isinstance(result, DeviceInversion) else result.latents
+                assert_is(latents, expected_latents(targets, 2)[-1])
+    assert {len(bound["target"]) for bound in encoder.bound} == {1, 2, 4, max_batch}
+    assert device.count()["capture"] == 4
+
+
+def test_partial_batches_of_the_host_and_of_graphs_for_one_image_are_not_filled_up(device: RecordingDevice) -> None:
+    host, encoder, _ = create_session()
+    host.invert(targets_of(3), steps=1)
+    assert {len(bound["target"]) for bound in encoder.bound} == {3}
+    session, runners = create_engine_session(batch=1, device=device)
+    session.invert(targets_of(3), steps=1)
+    device.execute()
+    assert len(runners["encoder"].ran) == 3
 
 
 def test_loops_of_one_batch_share_what_is_bound(device: RecordingDevice) -> None:
@@ -106,17 +172,51 @@ def test_loops_of_one_batch_share_what_is_bound(device: RecordingDevice) -> None
     assert len(encoder.bound) == 4
 
 
-def test_least_recently_used_loop_goes(device: RecordingDevice) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_idle_steps_give_their_memory_to_those_that_are_asked_for(device: RecordingDevice, on_device: bool) -> None:
+    session, *_ = create_session(device=device, max_batch=4)
+    given = {count: device.put(targets_of(count)) if on_device else targets_of(count) for count in (1, 2, 4)}
+
+    def invert(count: int, steps: int) -> None:
+        result = session.invert(given[count], steps=steps, every_step=True)
+        latents = device.read(result.latents) if isinstance(result, DeviceInversion) else result.latents
+        assert_is(latents, expected_latents(targets_of(count), steps))
+
+    invert(4, 4)
+    invert(1, 12)
+    device.memory_left = 0
+    for _ in range(2):
+        for arguments in ((2, 3), (4, 4), (1, 12)):  # each fits into what the others had
+            invert(*arguments)
+    before = session._execution.loops.recordings
+    with pytest.raises(DeviceError, match="bytes are asked for"):
+        session._execution.loops.loop(batch=4, steps=40, every_step=True, from_average=True)
+    assert session._execution.loops.recordings < before
+    invert(4, 4)
+
+
+def test_pending_calls_keep_as_many_slots_as_they_use(device: RecordingDevice) -> None:
     session, *_ = create_session(device=device)
-    for steps in range(1, LOOPS_KEPT + 1):
-        session.invert(targets_of(1), steps=steps)
-    session.invert(targets_of(1), steps=1)
-    session.invert(targets_of(1), steps=LOOPS_KEPT + 1)  # takes the place of two steps
+    images = device.put(targets_of(1))
+
+    def once(count: int) -> None:
+        pending = [session.invert_async(targets_of(1), steps=1) for _ in range(count)]
+        results = [session.invert(images, steps=1) for _ in range(count)]
+        for one in pending:
+            one.result()
+        results.clear()
+
+    for _ in range(2):
+        once(8)
     device.calls.clear()
-    session.invert(targets_of(1), steps=1)
-    assert device.count()["capture"] == 0
-    session.invert(targets_of(1), steps=2)
-    assert device.count()["capture"] == 1
+    for _ in range(3):
+        once(8)
+    assert not {"allocate", "allocate pinned", "free"} & device.count().keys()
+    blocks = len(device.open_blocks)
+    for _ in range(2 * LEASES_REMEMBERED):  # then they go
+        once(1)
+    session.invert(images, steps=1)
+    assert len(device.open_blocks) < blocks / 2
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -180,7 +280,10 @@ def test_split_sets_equal_the_whole(device: RecordingDevice, every_step: bool, m
         assert_is(images, (expected if every_step else expected[-1]) / 2)
         assert_is(current, expected[-1] / 2)
     assert device.count()["launch"] == -(-7 // max_batch)
-    assert {len(bound["target"]) for bound in encoder.bound} == {min(7, max_batch), 7 % max_batch or min(7, max_batch)}
+    assert {len(bound["target"]) for bound in encoder.bound} == {
+        max_batch,
+        7 % max_batch or max_batch if max_batch < 7 else 8,  # one that is left; seven are filled up
+    }
 
 
 def test_split_set_has_two_runs_on_their_way(device: RecordingDevice) -> None:
@@ -206,4 +309,4 @@ def test_runs_of_too_few_images_are_filled_up(device: RecordingDevice, on_device
             warm = session.invert(targets[:2], steps=1, start=start).latents
         assert_is(found, expected_latents(targets, 2)[-1])
         assert_is(warm, expected_latents(targets[:2], 2)[-1])
-    assert {len(bound["target"]) for bound in encoder.bound} == {3, 4}
+    assert {len(bound["target"]) for bound in encoder.bound} == {4}

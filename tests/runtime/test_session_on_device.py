@@ -72,6 +72,7 @@ def test_images_on_the_device_are_one_launch_without_a_wait(host_driver: HostDri
         START,
         """
 session, device = open_session()
+Device(0).set_current()
 other = Device(0).create_stream()
 handle = int(other.handle)
 images = put(device, images_of(2, 0.5))
@@ -156,7 +157,7 @@ session.close()
     assert bool(done.named("cuGraphLaunch")) == capture
 
 
-def test_sessions_give_all_memory_back(host_driver: HostDriver) -> None:
+def test_200_sessions_give_all_memory_back(host_driver: HostDriver) -> None:
     done = run(
         host_driver,
         START,
@@ -165,9 +166,10 @@ def once():
     session, device = open_session()
     for count in (1, 6):
         session.invert(images_of(count, 0.0), steps=2)
+    session.invert(images_of(2, 0.0), steps=2, every_step=True)
     session.close()
 
-for _ in range(5):
+for _ in range(200):
     once()
 gc.collect()
 """,
@@ -177,4 +179,4 @@ gc.collect()
     assert counts["cuMemAllocHost"] == counts["cuMemFreeHost"] > 0
     assert counts["cuGraphInstantiateWithFlags"] == counts["cuGraphExecDestroy"] > 0
     assert counts["cuEventCreate"] == counts["cuEventDestroy"]
-    assert counts["cuStreamCreateWithPriority"] == counts["cuStreamDestroy"] == 5
+    assert counts["cuStreamCreateWithPriority"] == counts["cuStreamDestroy"] == 200

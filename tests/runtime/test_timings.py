@@ -64,8 +64,9 @@ def test_times_of_results_on_the_device() -> None:
     for _ in range(2):
         result = session.invert(device.put(targets_of(1)), steps=2)
         assert isinstance(result, DeviceInversion)
-        assert result.is_done()
+        assert not result.is_done()  # who asks for times waits
         check(result.timings, steps=2)
+        assert result.is_done()
     assert session.invert_async(device.put(targets_of(1)), steps=2).result().timings is not None
 
 

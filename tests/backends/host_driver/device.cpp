@@ -12,6 +12,7 @@ namespace {
 int primary_context_users = 0;
 thread_local CUcontext current_context = nullptr;
 thread_local std::vector<CUcontext> contexts_below;
+Handles<CUctx_st> made_contexts;  // by libraries that do not share the primary one
 
 CUresult check_device(CUdevice device) { return device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE; }
 
@@ -72,6 +73,8 @@ void* entry_at(std::size_t index, std::integer_sequence<int, INDICES...>) {
 }  // namespace
 
 bool has_context() { return current_context != nullptr; }
+
+CUcontext thread_context() { return current_context; }
 
 void* unsupported_entry(const std::string& name) {
     std::size_t index = 0;
@@ -151,6 +154,14 @@ DRIVER_CALL cuDevicePrimaryCtxRelease(CUdevice device) {
     return check_device(device);
 }
 
+DRIVER_CALL cuCtxCreate_v4(CUcontext* context, CUctxCreateParams*, unsigned int, CUdevice device) {
+    Call call(__func__);
+    contexts_below.push_back(current_context);  // documented: the new one is current
+    current_context = made_contexts.make();
+    give(context, current_context);
+    return check_device(device);
+}
+
 DRIVER_CALL cuCtxSetCurrent(CUcontext context) {
     Call call(__func__);
     current_context = context;
@@ -159,7 +170,7 @@ DRIVER_CALL cuCtxSetCurrent(CUcontext context) {
 
 DRIVER_CALL cuCtxPushCurrent_v2(CUcontext context) {
     Call call(__func__);
-    if (context != &primary_context) return CUDA_ERROR_INVALID_CONTEXT;
+    if (context != &primary_context && !made_contexts.has(context)) return CUDA_ERROR_INVALID_CONTEXT;
     contexts_below.push_back(current_context);
     current_context = context;
     return CUDA_SUCCESS;

@@ -33,6 +33,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define DRIVER_CALL extern "C" __attribute__((visibility("default"))) CUresult
@@ -53,6 +54,7 @@ struct CUctx_st {};
 struct CUstream_st {
     unsigned int flags = 0;
     int priority = 0;
+    CUcontext context = nullptr;
     CUgraph_st* capture = nullptr;  // takes the work while the stream captures
     std::shared_ptr<Queue> queue = std::make_shared<Queue>();
 };
@@ -67,7 +69,8 @@ struct CUgraph_st {
     std::vector<Work> work;
     std::vector<std::shared_ptr<CUuserObject_st>> owned;
     std::vector<CUevent> marks;  // that each launch records, as CU_EVENT_RECORD_EXTERNAL has it
-    bool forbids_allocation = false;  // while it is captured: modes other than "relaxed" do
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;  // of the capture that makes it
+    std::thread::id thread;                                      // that has begun it
 };
 struct CUgraphExec_st : CUgraph_st {};
 struct CUkern_st {  // also what a CUfunction points to
@@ -141,12 +144,16 @@ CUresult enqueue(CUstream stream, Work work);
 // Does all work that waits; without `everything`, only that of the streams which the default stream waits for.
 void do_waiting_work(bool everything);
 
+// The calling thread's context, or null.
+CUcontext thread_context();
+
 // Whether the calling thread has a context. Of the functions that need one, some check it here: those of allocations,
 // events and graphs that the package itself calls.
 bool has_context();
 
-// Whether a capture goes on whose mode forbids other calls.
-bool captures_strictly();
+// Whether calls that wait, ask, allocate or free are prohibited in the calling thread: by captures in the mode "global" of
+// any thread, or in "thread local" of its own, as far as its own mode (cuThreadExchangeStreamCaptureMode) minds them.
+bool prohibits_unsafe_calls();
 
 // A function that answers "not supported" and records `name`.
 void* unsupported_entry(const std::string& name);

@@ -10,6 +10,7 @@ namespace {
 struct Allocation {
     std::size_t bytes;
     bool on_device;
+    CUcontext context;
 };
 std::map<CUdeviceptr, Allocation> allocations;
 std::size_t device_bytes_used = 0;
@@ -34,7 +35,7 @@ CUresult allocate(CUdeviceptr* allocated, std::size_t bytes, bool on_device) {
     if (memory == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
     std::memset(memory, 0xFF, bytes);  // a NaN in each floating type
     *allocated = address(memory);
-    allocations[*allocated] = {bytes, on_device};
+    allocations[*allocated] = {bytes, on_device, thread_context()};
     if (on_device) device_bytes_used += bytes;
     return CUDA_SUCCESS;
 }
@@ -89,13 +90,14 @@ DRIVER_CALL cuMemAllocFromPoolAsync(CUdeviceptr* allocated, std::size_t bytes, C
 DRIVER_CALL cuMemAlloc_v2(CUdeviceptr* allocated, std::size_t bytes) {
     Call call(__func__, bytes);
     if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT;
-    if (captures_strictly()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     return allocate(allocated, bytes, true);
 }
 
 DRIVER_CALL cuMemFree_v2(CUdeviceptr start) {
     Call call(__func__);
     if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     do_waiting_work(true);
     return release(start, true, nullptr);
 }
@@ -109,6 +111,7 @@ DRIVER_CALL cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
 
 DRIVER_CALL cuMemAllocHost(void** allocated, std::size_t bytes) {
     Call call(__func__, bytes);
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     return allocate(reinterpret_cast<CUdeviceptr*>(allocated), bytes, false);
 }
 
@@ -119,6 +122,7 @@ DRIVER_CALL cuMemFreeAsync(CUdeviceptr start, CUstream stream) {
 
 DRIVER_CALL cuMemFreeHost(void* start) {
     Call call(__func__);
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     do_waiting_work(true);
     return release(address(start), false, nullptr);
 }
@@ -132,6 +136,9 @@ DRIVER_CALL cuPointerGetAttribute(void* answer, CUpointer_attribute attribute, C
         return give(static_cast<CUmemorytype*>(answer), on_device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST);
     }
     if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) return give(static_cast<int*>(answer), 0);
+    if (attribute == CU_POINTER_ATTRIBUTE_CONTEXT) {
+        return give(static_cast<CUcontext*>(answer), found->second.context);
+    }
     if (attribute == CU_POINTER_ATTRIBUTE_IS_MANAGED) return give(static_cast<int*>(answer), 0);
     return CUDA_ERROR_NOT_SUPPORTED;
 }

@@ -12,6 +12,7 @@ Handles<CUgraphExec_st> executables;
 std::map<CUuserObject, std::shared_ptr<CUuserObject_st>> user_objects;
 Handles<CUlib_st> libraries;
 CUstream_st default_stream;
+thread_local CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 bool is_default(CUstream handle) {
     return handle == nullptr || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD;
@@ -74,9 +75,13 @@ void do_waiting_work(bool everything) {
     }
 }
 
-bool captures_strictly() {
+bool prohibits_unsafe_calls() {
+    if (thread_mode == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
     for (auto& [handle, stream] : streams) {
-        if (stream->capture != nullptr && stream->capture->forbids_allocation) return true;
+        const CUgraph_st* capture = stream->capture;
+        if (capture == nullptr || capture->mode == CU_STREAM_CAPTURE_MODE_RELAXED) continue;
+        if (capture->thread == std::this_thread::get_id()) return true;
+        if (thread_mode == CU_STREAM_CAPTURE_MODE_GLOBAL && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL) return true;
     }
     return false;
 }
@@ -101,6 +106,7 @@ DRIVER_CALL cuStreamCreateWithPriority(CUstream* stream, unsigned int flags, int
     *stream = streams.make();
     (*stream)->flags = flags;
     (*stream)->priority = priority;
+    (*stream)->context = thread_context();
     return CUDA_SUCCESS;
 }
 
@@ -114,9 +120,15 @@ DRIVER_CALL cuStreamSynchronize(CUstream handle) {
     Call call(__func__);
     CUstream_st* stream = stream_of(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    if (stream->capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    if (stream->capture != nullptr || prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     stream->queue->do_until(stream->queue->end());
     return CUDA_SUCCESS;
+}
+
+DRIVER_CALL cuStreamGetCtx(CUstream stream, CUcontext* context) {
+    Call call(__func__);
+    if (check_stream(stream) == CUDA_SUCCESS) give(context, stream_of(stream)->context);
+    return check_stream(stream);
 }
 
 DRIVER_CALL cuStreamGetFlags(CUstream stream, unsigned int* flags) {
@@ -178,6 +190,7 @@ DRIVER_CALL cuEventRecordWithFlags(CUevent event, CUstream handle, unsigned int 
 DRIVER_CALL cuEventQuery(CUevent event) {
     Call call(__func__);
     if (!events.has(event)) return CUDA_ERROR_INVALID_HANDLE;
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     if (event->queue == nullptr || event->queue->done >= event->position) return CUDA_SUCCESS;
     event->queue->do_until(event->queue->done + 1);  // a loop that asks until it is done has to end
     return CUDA_ERROR_NOT_READY;
@@ -186,6 +199,7 @@ DRIVER_CALL cuEventQuery(CUevent event) {
 DRIVER_CALL cuEventSynchronize(CUevent event) {
     Call call(__func__);
     if (!events.has(event)) return CUDA_ERROR_INVALID_HANDLE;
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     if (event->queue != nullptr) event->queue->do_until(event->position);
     return CUDA_SUCCESS;
 }
@@ -203,7 +217,14 @@ DRIVER_CALL cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode) {
     Call call(__func__);
     if (!streams.has(stream) || stream->capture != nullptr) return CUDA_ERROR_INVALID_VALUE;
     stream->capture = graphs.make();
-    stream->capture->forbids_allocation = mode != CU_STREAM_CAPTURE_MODE_RELAXED;
+    stream->capture->mode = mode;
+    stream->capture->thread = std::this_thread::get_id();
+    return CUDA_SUCCESS;
+}
+
+DRIVER_CALL cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+    Call call(__func__);
+    std::swap(*mode, thread_mode);
     return CUDA_SUCCESS;
 }
 
