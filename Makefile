@@ -2,7 +2,7 @@
 # make test    all tests that need no GPU;                 PYTEST_ARGS="-k name -n 2" narrows or spreads them
 # make lint    style and format;   make types    static types;   make check    all of these
 # make demo-model PORTRAITS=portraits.tar   train the demo model again (100 minutes on two cores), export and measure it
-# make cpu-table GOLDEN=DIRECTORY   the table of speed, quality and memory in benchmarks/results/cpu.* (an hour)
+# make cpu-table GOLDEN=DIRECTORY   the table of speed, quality and memory in benchmarks/results/cpu.* (an hour or two)
 # make gpu-table GOLDEN=DIRECTORY   the same on a GPU, in benchmarks/results/<device>/
 # make clean   remove the environment, the results and the caches
 #
