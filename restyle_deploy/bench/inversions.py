@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy.bench.comparison import Difference, difference_of, worst_of
 from restyle_deploy.bench.metrics import MetricSet
+from restyle_deploy.bench.metrics.pixels import saved_pictures
 from restyle_deploy.bench.strips import write_step_images
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import pool_images, uint8_from_images
@@ -146,7 +147,8 @@ def _compare(
 ) -> NDArray[np.float32]:
     """Add each image's values; return the images at the encoder's size."""
     pooled = pool_images(result.images, config.input_shape)
-    for name, values in metrics.measure(pooled, targets).items():
+    pictures = saved_pictures(np.nan_to_num(result.images), config.input_shape)
+    for name, values in metrics.measure(pooled, targets, pictures).items():
         into[name].extend(map(float, values))
     return pooled
 

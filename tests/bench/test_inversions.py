@@ -14,7 +14,9 @@ from restyle_deploy.bench.inversions import (
     quality_batch,
 )
 from restyle_deploy.bench.metrics import MetricOptions, open_metrics
+from restyle_deploy.bench.metrics.pixels import measure_l2, saved_pictures
 from restyle_deploy.model_config import ModelConfig
+from restyle_deploy.runtime.images import pool_images
 from tests.bench.made_up import INPUT_SIZE, FakeSession
 
 
@@ -23,16 +25,23 @@ def targets(count: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).uniform(-0.9, 0.9, shape).astype(np.float32)
 
 
-def measure(session: FakeSession, folder: Path, *, count: int = 3, **changes: Any) -> dict[int, StepResults]:
-    names = tuple(f"photo{index}" for index in range(count))
+def measure(
+    session: FakeSession,
+    folder: Path,
+    *,
+    count: int = 3,
+    names: tuple[str, ...] = ("mse", "psnr_db"),
+    **changes: Any,
+) -> dict[int, StepResults]:
+    images = tuple(f"photo{index}" for index in range(count))
     options: dict[str, Any] = {
         "steps": (1, 2, 5),
         "exact": None,
-        "pictures": Pictures(folder=folder, configuration="made-up", names=names, count=0),
+        "pictures": Pictures(folder=folder, configuration="made-up", names=images, count=0),
         "tick": lambda done: None,
         **changes,
     }
-    with open_metrics(MetricOptions(names=("mse", "psnr_db")), (INPUT_SIZE, INPUT_SIZE)) as metrics:
+    with open_metrics(MetricOptions(names=names), (INPUT_SIZE, INPUT_SIZE)) as metrics:
         return measure_inversions(session, targets(count), metrics=metrics, **options)
 
 
@@ -93,3 +102,13 @@ def test_pictures_are_of_the_first_images(session: FakeSession, tmp_path: Path) 
 def test_batches_fit_in_memory(output_size: int, steps: int, batch: int) -> None:
     config = ModelConfig(encoder_type="BackboneEncoder", domain="faces", output_size=output_size)
     assert quality_batch(config, steps) == batch
+
+
+def test_l2_is_of_the_full_images_as_they_are_saved(session: FakeSession, tmp_path: Path) -> None:
+    found = measure(session, tmp_path, steps=(5,), names=("l2",))[5].values["l2"]
+    images = session.invert(targets(3), steps=5).images
+    assert images.shape[-1] > INPUT_SIZE
+    saved = saved_pictures(images, (INPUT_SIZE, INPUT_SIZE))
+    assert found == pytest.approx(measure_l2(saved, targets(3)))
+    pooled = saved_pictures(pool_images(images, (INPUT_SIZE, INPUT_SIZE)), (INPUT_SIZE, INPUT_SIZE))
+    assert found != pytest.approx(measure_l2(pooled, targets(3)))

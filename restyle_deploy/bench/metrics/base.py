@@ -81,10 +81,12 @@ class Gauge:
     Attributes:
         metric: as opened: its source names the files that are used.
         measure: see `Measure`.
+        reads_pictures: whether its images are `pixels.saved_pictures`, and not the pooled ones.
     """
 
     metric: Metric
     measure: Measure
+    reads_pictures: bool = False
 
 
 def require_installed(*modules: str, command: str) -> None:

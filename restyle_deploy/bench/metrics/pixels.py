@@ -1,4 +1,4 @@
-"""Errors of single pixel values: MSE, L2 of the pictures (close to upstream's), PSNR."""
+"""Errors of single pixel values: MSE, L2 of the pictures (upstream's), PSNR."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.bench.metrics.base import DATA_RANGE, Gauge, Metric, MetricOptions, import_library, shown
-from restyle_deploy.runtime.images import normalize_images, uint8_from_images
+from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
 
 MSE = Metric(
     name="mse",
@@ -28,8 +28,8 @@ L2 = Metric(
     higher_is_better=False,
     lowest=0.0,
     highest=4.0,
-    definition="Mean squared error on [-1, 1] of the image at the encoder's size, clipped and truncated to 8 bits.",
-    source="after upstream's scripts/calc_losses_on_images.py --mode l2, which differs: see docs/metrics.md; NumPy",
+    definition="Mean squared error on [-1, 1] of the picture as it is saved in 8 bits, resized to the encoder's size.",
+    source="upstream's scripts/calc_losses_on_images.py --mode l2; Pillow, NumPy",
 )
 PSNR = Metric(
     name="psnr_db",
@@ -51,7 +51,7 @@ def open_mse(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
 
 def open_l2(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
     """Open the L2 of the pictures; see `measure_l2`."""
-    return Gauge(metric=L2, measure=measure_l2)
+    return Gauge(metric=L2, measure=measure_l2, reads_pictures=True)
 
 
 def open_psnr(options: MetricOptions, shape: tuple[int, int]) -> Gauge:
@@ -74,25 +74,30 @@ def measure_mse(images: NDArray[np.float32], targets: NDArray[np.float32]) -> ND
     return errors
 
 
-def measure_l2(images: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the mean squared error on [-1, 1] of the images at the encoder's size, clipped and truncated to 8 bits.
+def measure_l2(pictures: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the mean squared error on [-1, 1] of pictures as they are saved and then resized: see `saved_pictures`.
 
-    Upstream's script counts the same error of other pixels, so that its figures are near these and not equal:
-
-    - It reads the saved pictures of full size, truncated to 8 bits there, and resizes them to 256 x 256 by Pillow's
-      antialiased bilinear filter, which rounds; here the image is pooled by block means, and truncated then. The
-      filter is twice as wide as a block, so its pictures are a little softer: of a photo of 1024 px blurred to an L2
-      of 0.03 it counts 1 per cent more, of a nearly exact one (0.004) 12 per cent. At 256 px both are the same.
-    - It compares at 256 x 256 whatever the model: cars, 192 x 256 here, are stretched to a square, and smaller models
-      enlarged.
-    - Its pictures are saved under the inputs' names: those of JPEG files are compressed as such.
-    - It leaves out the images that do not fill the last batch (of 4), and prints two decimals.
+    Upstream's script differs in what it is given: pictures of JPEG inputs were compressed as such; cars, 192 x 256 here,
+    are stretched to a square, and smaller models enlarged, as it compares at 256 x 256 whatever the model. It leaves out
+    the images that do not fill the last batch (of 4), and prints two decimals.
 
     Range: 0 to 4; lower is better.
-    Source: upstream's scripts/calc_losses_on_images.py, mode "l2" (`torch.nn.MSELoss`), and
-        scripts/inference_iterative.py, which saves the pictures.
+    Source: upstream's scripts/calc_losses_on_images.py, mode "l2" (`torch.nn.MSELoss`).
     """
-    return measure_mse(normalize_images(uint8_from_images(images)), targets)
+    return measure_mse(pictures, targets)
+
+
+def saved_pictures(images: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Return what upstream's script reads of images [N, 3, H, W] in [-1, 1]: [N, 3, *shape] float32.
+
+    They are clipped and truncated to 8 bits at their full size, as they are saved, and then resized by Pillow's
+    antialiased bilinear filter, which is twice as wide as a block mean: of a photo of 1024 px blurred to an L2 of 0.03
+    it leaves 1 per cent more error, of a nearly exact one (0.004) 12 per cent.
+
+    Source: upstream's scripts/inference_iterative.py, which saves the pictures, and scripts/calc_losses_on_images.py.
+    """
+    saved = uint8_from_images(images)
+    return normalize_images(np.stack([resize_image(picture, shape) for picture in saved]))
 
 
 def measure_psnr(images: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:

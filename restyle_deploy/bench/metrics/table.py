@@ -12,7 +12,7 @@ from restyle_deploy.bench.metrics.base import Gauge, Metric, MetricOptions, firs
 from restyle_deploy.bench.metrics.dlib_descriptor import DLIB, open_dlib
 from restyle_deploy.bench.metrics.identity import IDENTITY, open_identity
 from restyle_deploy.bench.metrics.perceptual import LPIPS, open_lpips
-from restyle_deploy.bench.metrics.pixels import L2, MSE, PSNR, open_l2, open_mse, open_psnr
+from restyle_deploy.bench.metrics.pixels import L2, MSE, PSNR, open_l2, open_mse, open_psnr, saved_pictures
 from restyle_deploy.bench.metrics.structure import MS_SSIM, SSIM, open_ms_ssim, open_ssim
 from restyle_deploy.errors import MetricError
 
@@ -79,13 +79,20 @@ class MetricSet:
         """Release the models; a second time does nothing."""
         self._gauges = ()
 
-    def measure(self, images: NDArray[np.float32], targets: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+    def measure(
+        self,
+        images: NDArray[np.float32],
+        targets: NDArray[np.float32],
+        pictures: NDArray[np.float32] | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
         """Compare images with their targets, a few at a time.
 
         Args:
             images: [N, 3, h, w] float32, about [-1, 1], of the size that the set was opened for; N at least 1. Larger
                 images: `images.pool_images` first. Those that are not finite get NaN by every metric.
             targets: the same shape, in [-1, 1].
+            pictures: the same shape: what `pixels.saved_pictures` made of the full images, where those are larger; None
+                where they are `images`.
         Returns:
             By the names of `available`: [N]; infinite where a metric says so, NaN where it is not defined. A metric
             that fails here or has failed before is not among them.
@@ -106,13 +113,14 @@ class MetricSet:
             )
         are_finite = np.array([bool(np.isfinite(image).all()) for image in images])
         finite = np.where(are_finite[:, None, None, None], images, np.float32(0))
+        saved = saved_pictures(finite, self._shape) if pictures is None else pictures
         found = {}
         for gauge in self._gauges:
             metric = gauge.metric
             if metric.name in self._missing:
                 continue
             try:
-                values = _measure_in_batches(gauge, finite, targets)
+                values = _measure_in_batches(gauge, saved if gauge.reads_pictures else finite, targets)
             except _FAILURES as error:
                 self._missing[metric.name] = f"it failed while it measured: {_describe(error)}"
                 _log.warning("%s is measured no more: %s", metric.label, _describe(error), exc_info=error)
