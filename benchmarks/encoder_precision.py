@@ -2,8 +2,8 @@
 
     python -m benchmarks.encoder_precision BUNDLE CASE.npz
 
-Runs the fixed-step loop of the exported graphs in OpenVINO on the first input of a golden case, and compares latents and
-last image with the loop in float32. Needs a CPU with bfloat16. Writes benchmarks/results/encoder-precision.json.
+Runs the fixed-step loop of the exported graphs in OpenVINO on the first input of a golden case, and compares latents
+and last image with the loop in float32. Needs a CPU with bfloat16. Writes benchmarks/results/encoder-precision.json.
 """
 
 import json
