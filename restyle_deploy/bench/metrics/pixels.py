@@ -77,9 +77,9 @@ def measure_mse(images: NDArray[np.float32], targets: NDArray[np.float32]) -> ND
 def measure_l2(pictures: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the mean squared error on [-1, 1] of pictures as they are saved and then resized: see `saved_pictures`.
 
-    Upstream's script differs in what it is given: pictures of JPEG inputs were compressed as such; cars, 192 x 256 here,
-    are stretched to a square, and smaller models enlarged, as it compares at 256 x 256 whatever the model. It leaves out
-    the images that do not fill the last batch (of 4), and prints two decimals.
+    Upstream's script differs in what it is given: pictures of JPEG inputs were compressed as such; cars, 192 x 256
+    here, are stretched to a square, and smaller models enlarged, as it compares at 256 x 256 whatever the model. It
+    leaves out the images that do not fill the last batch (of 4), and prints two decimals.
 
     Range: 0 to 4; lower is better.
     Source: upstream's scripts/calc_losses_on_images.py, mode "l2" (`torch.nn.MSELoss`).
