@@ -102,7 +102,7 @@ class InversionHandler(BaseHTTPRequestHandler):
             self._refuse(error.status, str(error))
         except RestyleDeployError as error:  # of the model or the device
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-        except ConnectionError:  # of the client, to whom nothing can be said
+        except (ConnectionError, TimeoutError):  # of the client, to whom nothing can be said; the base class hangs up
             raise
         except Exception:
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log has it")

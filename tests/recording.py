@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -233,6 +234,9 @@ class RecordingDevice:
             self._captured = None
         del self.calls[before:]  # they are the replay's
         return RecordedReplay(self, work)
+
+    def unaffected_by_captures(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def external_array(self, source: Any, *, stream: int | None = None) -> DeviceArray | None:
         self.note("external array")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from restyle_deploy.device_array import Array
@@ -105,6 +106,10 @@ class Device(Protocol):
 
     def capture(self, enqueue: Callable[[], None]) -> Replay:
         """Record what `enqueue` enqueues, without doing it. Raises `DeviceError` where something cannot be recorded."""
+        ...
+
+    def unaffected_by_captures(self) -> AbstractContextManager[None]:
+        """Let the calling thread load, allocate and wait while a `with` lasts, whatever other threads capture."""
         ...
 
     def external_array(self, source: Any, *, stream: int | None = None) -> Array | None:

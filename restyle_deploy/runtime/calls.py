@@ -54,10 +54,11 @@ class Inputs:
         return Inputs(**{name: part_of(array, first, last) for name, array in self._given().items()})
 
     def reserve(self, slot: Slot) -> None:
-        """Have pinned memory of a slot for what is on the host."""
+        """Have memory of a slot for what is on the host. Raises `DeviceError` where there is not so much."""
         on_host = self._on_host()
         if on_host:
-            slot.reserve(array.nbytes for array in on_host.values())
+            upload_bytes = on_host["images"].nbytes if "images" in on_host else 0
+            slot.reserve((array.nbytes for array in on_host.values()), upload_bytes=upload_bytes)
 
     def staged(self, slot: Slot) -> "Inputs":
         """Return them with what is on the host in the slot's pinned memory."""

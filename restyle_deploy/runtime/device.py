@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -87,7 +88,7 @@ class CudaDevice:
         self._is_capturing = self._is_closed = False
         self._scratch_bytes = 0
         self._scratch: CudaBlock | None = None
-        self._released: list[CudaBlock] = []
+        self._released: deque[CudaBlock] = deque()  # during a capture, perhaps by other threads
 
     def allocate(self, nbytes: int) -> CudaBlock:
         """Allocate memory of the device; see `Device.allocate`.
@@ -206,10 +207,12 @@ class CudaDevice:
                 raise DeviceError(f"{self.name}: {error}") from error.__cause__
             finally:
                 self._is_capturing = False
-                released, self._released = self._released, []
-                for block in released:
-                    self._release(block)
+                self._release_what_came()
         return CudaReplay(executable, stream=self.stream, context=self._context, synchronize=self.synchronize)
+
+    def unaffected_by_captures(self) -> AbstractContextManager[None]:
+        """See `Device.unaffected_by_captures`; libraries load and allocate when a graph is bound or runs first."""
+        return unaffected_by_captures()
 
     def external_array(self, source: Any, *, stream: int | None = None) -> DeviceArray | None:
         """Return a view of a caller's array on this GPU; see `Device.external_array`.
@@ -263,15 +266,19 @@ class CudaDevice:
         if self._is_closed:
             return
         self._is_closed = True
-        try:
-            self.synchronize()
-        finally:
+        with ExitStack() as closing:  # all of it, though a device that has failed refuses each
             if self._scratch is not None:
-                self._scratch.close()
+                closing.callback(self._scratch.close)
+            closing.callback(self._release_what_came)  # a block may have come when a capture had just ended
+            self.synchronize()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError(f"the device {self.name} is closed")
+
+    def _release_what_came(self) -> None:
+        while self._released:
+            self._release(self._released.popleft())
 
     def _release(self, block: CudaBlock) -> None:
         if self._is_capturing:  # a collected result's, perhaps: waiting now would spoil the capture

@@ -1,18 +1,22 @@
 """The order in which a session's calls go to its device."""
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import numpy as np
 
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.device_array import Array
+from restyle_deploy.errors import DeviceError
 from restyle_deploy.runtime.arena import LATENTS
 from restyle_deploy.runtime.base import Device, Event
 from restyle_deploy.runtime.calls import Call, Inputs
-from restyle_deploy.runtime.loop import LoadedGraph, LoopCache
+from restyle_deploy.runtime.loop import LoadedGraph
+from restyle_deploy.runtime.loop_cache import LoopCache
 from restyle_deploy.runtime.memory import SessionMemory
 from restyle_deploy.runtime.outputs import DeviceResults, HostResults, Output
 from restyle_deploy.runtime.results import (
@@ -25,6 +29,10 @@ from restyle_deploy.runtime.results import (
     timings_from,
 )
 from restyle_deploy.runtime.slots import ARENA_SLOTS, Lease, Slot
+
+LOGGER = logging.getLogger(__name__)
+
+Allocated = TypeVar("Allocated")
 
 
 class TimedRun:
@@ -147,13 +155,16 @@ class Execution:
 
     def invert_on_device(self, call: Call) -> DeviceInversion:
         """Enqueue a call whose images are on the device, and return its results, which are there too."""
+
+        def reserve(slot: Slot) -> DeviceResults:
+            call.inputs.reserve(slot)
+            return self._device_results(slot, call)
+
         with self._lock:
-            lease = self._memory.slots.lease(call.count * call.kept)
-            results = self._device_results(lease.slot, call)
-            call.inputs.reserve(lease.slot)
+            lease, results = self._lease(call.count * call.kept, reserve)
         inputs = call.inputs.staged(lease.slot)
         timed = []
-        with self._lock:
+        with self._lock, self._device.unaffected_by_captures():
             for first in range(0, call.count, call.max_batch):
                 last = min(first + call.max_batch, call.count)
                 timed.append(self._enqueue(call, inputs.part(first, last), first, lease.slot, results))
@@ -189,15 +200,46 @@ class Execution:
     def _start_host_run(self, call: Call, first: int, results: HostResults) -> HostRun:
         """Enqueue the run of a call that begins with image `first`."""
         last = min(first + call.max_batch, call.count)
+        given = call.inputs.part(first, last)
+
+        def reserve(slot: Slot) -> None:
+            given.reserve(slot)
+            results.reserve(slot)
+
         with self._lock:
-            lease = self._memory.slots.lease((last - first) * call.kept)
-            inputs = call.inputs.part(first, last)
-            inputs.reserve(lease.slot)
-        inputs = inputs.staged(lease.slot)
-        with self._lock:
+            lease, _ = self._lease((last - first) * call.kept, reserve)
+        inputs = given.staged(lease.slot)
+        with self._lock, self._device.unaffected_by_captures():
             timed = self._enqueue(call, inputs, first, lease.slot, results)
             assert lease.slot.event is not None
             return HostRun(lease, lease.slot.event, timed)
+
+    def _lease(self, rows: int, reserve: Callable[[Slot], Allocated]) -> tuple[Lease, Allocated]:
+        """Lease a slot for results of so many rows, and return it with what `reserve` gives, which allocates in it."""
+        lease = self._memory.slots.lease(rows)
+        try:
+            return lease, self._with_room_for(lambda: reserve(lease.slot))
+        except DeviceError:
+            lease.end()
+            self._memory.slots.close_free()  # else a smaller call would get this slot, which cannot have its memory
+            raise
+
+    def _with_room_for(self, allocate: Callable[[], Allocated]) -> Allocated:
+        """Return what `allocate` returns; where memory lacks, all that is idle goes back, and it is called again.
+
+        Nothing of a run may have been enqueued or bound. What other calls have leased stays.
+
+        Raises:
+            DeviceError: there is no memory even so.
+        """
+        try:
+            return allocate()
+        except DeviceError as error:
+            # As text: a handler may keep what it is given, and an error keeps the slot that its frames refer to.
+            LOGGER.warning("%s; what no call uses is given back, and is bound anew when it is needed", str(error))
+            self._memory.slots.close_free()
+            self.loops.close()
+            return allocate()
 
     def _batch_of(self, count: int) -> int:
         """Return the batch size that so many images run in."""
@@ -210,8 +252,10 @@ class Execution:
         """Enqueue one run; with timing, return what gives its times."""
         device, state, count = self._device, self._memory.state, len(inputs.images)
         batch = self._batch_of(count)
-        loop = self.loops.loop(
-            batch=batch, steps=call.steps, every_step=call.every_step, from_average=inputs.latents is None
+        loop = self._with_room_for(
+            lambda: self.loops.loop(
+                batch=batch, steps=call.steps, every_step=call.every_step, from_average=inputs.latents is None
+            )
         )
         timed = self._timing_enabled
         if self._last_timed is not None:
@@ -254,10 +298,12 @@ class Execution:
                 self._fill(name, count, batch)
 
     def _fill(self, name: str, count: int, batch: int) -> None:
-        for row in range(count, batch):
-            self._device.copy(
-                self._memory.state.part(name, row, row + 1), self._memory.state.part(name, count - 1, count)
-            )
+        """Enqueue the copies of the last of `count` images to the rest of the batch: each copies all that are there."""
+        part, last, filled = self._memory.state.part, count - 1, count
+        while filled < batch:
+            copied = min(filled - last, batch - filled)
+            self._device.copy(part(name, filled, filled + copied), part(name, last, last + copied))
+            filled += copied
 
     def _device_results(self, slot: Slot, call: Call) -> DeviceResults:
         """Return a slot's arrays for the results of a call; the same as for the last call like this."""
@@ -274,6 +320,6 @@ class Execution:
             self._in_flight.append((event, kept))
 
     def _close_runners(self) -> None:
-        with ExitStack() as closing:
+        with self._device.unaffected_by_captures(), ExitStack() as closing:
             for runner in self._runners:
                 closing.callback(runner.close)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -128,6 +129,10 @@ class HostDevice:
         """Return what calls `enqueue` again."""
         return HostReplay(enqueue)
 
+    def unaffected_by_captures(self) -> AbstractContextManager[None]:
+        """Do nothing: what others capture on a GPU does not matter here."""
+        return nullcontext()
+
     def external_array(self, source: Any, *, stream: int | None = None) -> NDArray[Any] | None:
         """Return a view of an array in host memory, NumPy's or by DLPack; see `Device.external_array`."""
         return array_on_host(source, self.name)
@@ -159,8 +164,7 @@ def array_on_host(source: Any, device: str) -> NDArray[Any] | None:
     if isinstance(source, np.ndarray):
         return source
     if not hasattr(source, "__dlpack_device__"):
-        if _is_on_gpu(source):
-            raise ValueError(f"images: an array on a GPU, the session is on {device}; copy it to the host")
+        _refuse_array_on_gpu(source, device)
         return None
     kind, index = source.__dlpack_device__()
     if int(kind) not in _DLPACK_HOST:
@@ -174,11 +178,15 @@ def array_on_host(source: Any, device: str) -> NDArray[Any] | None:
         raise TypeError(f"images: got a {type(source).__name__} that NumPy cannot read: {error}") from error
 
 
-def _is_on_gpu(source: Any) -> bool:
+def _refuse_array_on_gpu(source: Any, device: str) -> None:
+    """Raise `ValueError` for an array that lies on a GPU, by its `__cuda_array_interface__`."""
+    cause = None
     try:
-        return hasattr(source, "__cuda_array_interface__")
-    except Exception:  # of whoever wrote it: it has one, which cannot be read
-        return True
+        if not hasattr(source, "__cuda_array_interface__"):
+            return
+    except Exception as error:  # of whoever wrote it: it has one, which cannot be read
+        cause = error
+    raise ValueError(f"images: an array on a GPU, the session is on {device}; copy it to the host") from cause
 
 
 def _numpy(array: Array) -> NDArray[Any]:

@@ -1,7 +1,5 @@
 """Graphs that are loaded, and loops over them on the session's state: bound once, recorded once, and replayed."""
 
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,27 +9,15 @@ from types import MappingProxyType
 from restyle_deploy.backends.base import Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import GraphRecord
 from restyle_deploy.device_array import Array
-from restyle_deploy.errors import DeviceError
 from restyle_deploy.runtime.arena import LATENTS, Arrays, State, part_of, place_arrays
 from restyle_deploy.runtime.base import Block, Device, Event, Replay
 from restyle_deploy.tensors import BATCH
-
-LOGGER = logging.getLogger(__name__)
 
 Run = Callable[[], None]
 NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 Kind = tuple[int, int, bool, bool]
 """Batch size, steps, whether each step is kept, and whether the loop starts from the average."""
-
-# Recordings kept; further kinds of calls go run by run.
-RECORDINGS_KEPT = 32
-# Calls of the session for which a recording has not been used before another kind takes its place: so there is one such
-# change in eight calls at most, however many kinds take turns.
-IDLE_CALLS = 8 * RECORDINGS_KEPT
-# Batch sizes kept bound on the host, where a library keeps working memory, or a compiled graph, for each: one for full
-# batches, one for what remains. On a GPU batches are filled up to one of a few sizes, and all of these are kept.
-HOST_BATCHES_KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +188,12 @@ class Loop:
 
     Attributes:
         kind: what tells it from others.
-        last_call: the session's call, counted, that has used it last.
+        last_run: the session's run, counted, that has used it last.
     """
 
     def __init__(self, device: Device, graphs: BoundGraphs, kind: Kind, *, timing: bool) -> None:
         """Take graphs, whose runs are bound now if they are not; with `timing`, put marks between them."""
-        self.kind, self.last_call = kind, 0
+        self.kind, self.last_run = kind, 0
         _, self._steps, self._is_every_kept, self._is_from_average = kind
         self._device, self._graphs, self._timing = device, graphs, timing
         self._turns = graphs.turns(self._steps, every_step=self._is_every_kept)
@@ -267,114 +253,3 @@ class Loop:
             if self._timing:
                 marks.append(self._device.record(timing=True))
         self._marks = marks
-
-
-class LoopCache:
-    """The graphs of a session bound by batch size, and the recordings of loops over them, by kind.
-
-    A kind is recorded when it is first called, as long as there is room; after that it takes the place of a recording
-    that has been idle for long, or goes run by run. So no order of calls makes recordings come and go all the time.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        state: State,
-        graphs: Mapping[str, LoadedGraph],
-        *,
-        timing_enabled: bool = False,
-        capture: bool = True,
-    ) -> None:
-        """Start empty.
-
-        Args:
-            device, state, graphs: see `BoundGraphs`.
-            timing_enabled: whether the loops put marks between their runs.
-            capture: whether to record the loops that can be recorded.
-        """
-        self._device, self._state, self._graphs = device, state, graphs
-        self._timing_enabled = timing_enabled
-        self._is_recording = capture and not device.is_host  # where a replay is not quicker
-        self._calls = 0
-        self._bound: OrderedDict[int, BoundGraphs] = OrderedDict()
-        self._recorded: OrderedDict[Kind, Loop] = OrderedDict()
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes that are bound, the least recently used one first."""
-        return tuple(self._bound)
-
-    @property
-    def recordings(self) -> int:
-        """Recordings that are kept."""
-        return len(self._recorded)
-
-    def loop(self, *, batch: int, steps: int, every_step: bool, from_average: bool) -> Loop:
-        """Return a loop; its graphs are bound now if they are not.
-
-        Raises:
-            DeviceError: there is no memory for the steps that are kept, though all that was idle has been released.
-        """
-        self._calls += 1
-        kind = (batch, steps, every_step, from_average)
-        loop = self._recorded.get(kind)
-        if loop is None:
-            try:
-                loop = self._bind(kind)
-            except DeviceError:
-                if not self._bound:
-                    raise
-                self.close()
-                loop = self._bind(kind)
-        else:
-            self._recorded.move_to_end(kind)
-        loop.last_call = self._calls
-        return loop
-
-    def record(self, loop: Loop) -> None:
-        """Record a loop that has run, if it is not yet and there is room; where that is refused, none is any more."""
-        if loop.is_recorded or not self._is_recording:
-            return
-        if not all(graph.runner.is_capturable for graph in self._graphs.values()):  # some know only once they have run
-            self._is_recording = False
-            return
-        if not self._has_room():
-            return
-        try:
-            loop.record()
-        except DeviceError as error:
-            self._is_recording = False
-            LOGGER.warning("the loop cannot be recorded (%s); its runs are launched one by one", error)
-        else:
-            self._recorded[loop.kind] = loop
-
-    def close(self) -> None:
-        """Wait, and release all recordings and all that is bound; safe to call twice, and `loop` binds anew."""
-        with ExitStack() as closing:
-            while self._bound:
-                closing.callback(self._bound.popitem()[1].close)
-            while self._recorded:
-                closing.callback(self._recorded.popitem()[1].close)
-            if not self._device.is_host:
-                self._device.synchronize()  # runs may be in the queue, and go with what they are bound to
-
-    def _bind(self, kind: Kind) -> Loop:
-        batch, *_ = kind
-        graphs = self._bound.get(batch)
-        if graphs is None:
-            while self._device.is_host and len(self._bound) >= HOST_BATCHES_KEPT:
-                self._bound.popitem(last=False)[1].close()
-            graphs = self._bound[batch] = BoundGraphs(self._device, self._state, self._graphs, batch=batch)
-        self._bound.move_to_end(batch)
-        return Loop(self._device, graphs, kind, timing=self._timing_enabled)
-
-    def _has_room(self) -> bool:
-        """Whether one more may be recorded; makes room where a recording has been idle for long."""
-        if len(self._recorded) < RECORDINGS_KEPT:
-            return True
-        oldest = next(iter(self._recorded.values()))
-        if self._calls - oldest.last_call < IDLE_CALLS:
-            return False
-        del self._recorded[oldest.kind]
-        oldest.close()
-        return True

@@ -46,6 +46,10 @@ class HostResults:
         self._latents = np.empty((*leading, *shapes["latent"]), np.float32)
         self._current = np.empty((call.count, *shapes["current"]), np.float32)
 
+    def reserve(self, slot: Slot) -> None:
+        """Have memory of a slot for what is put there. Raises `DeviceError` where there is not so much."""
+        slot.reserve_downloads(is_pixels=self._call.is_pixels)
+
     def put(self, slot: Slot, step: int, first: int, image: Array, latent: Array) -> None:
         """See `Output`."""
         count = len(image)

@@ -217,7 +217,8 @@ class Session:
             steps: refinement steps, at least 1; None for the deployment's, else 5, as upstream.
             every_step: keep each step: a leading steps axis on images and latents. Not with preview_steps.
             max_batch: images of one run; more are split. None, or more than the session's, for the session's. An engine
-                that was built for more has its runs filled up.
+                that was built for more has its runs filled up. On a GPU runs are filled up to 1, 2, 4 and so on images,
+                or to the session's `max_batch`.
             image_type: of the images that are returned; `uint8` are [N, R, R', 3], clipped and truncated as upstream
                 saves them.
             start: where the loop starts, instead of the average: the result for the previous frame, or of a session of

@@ -31,7 +31,9 @@ class SlotMemory:
 
     def __init__(self, allocate: Callable[[int], Block], nbytes: int, given: tuple[Block, int] | None) -> None:
         """Take `nbytes` of a given block from an offset on; for None, of one that `allocate` makes."""
-        self._allocate, self._nbytes, self._given = allocate, nbytes, given
+        self._allocate = allocate
+        self._first = nbytes, given
+        self._nbytes, self._given = self._first
         self._own: Block | None = None
 
     def block(self) -> tuple[Block, int]:
@@ -42,28 +44,27 @@ class SlotMemory:
             self._own = self._allocate(self._nbytes)
         return self._own, 0
 
-    def grow(self, nbytes: int) -> None:
-        """Have at least so many bytes, in another block if need be; what was there is lost.
+    def reserve(self, nbytes: int = 0) -> None:
+        """Be there, and have at least so many bytes, in another block if need be; what was there is lost then.
 
         Raises:
-            DeviceError: there is not so much memory; it is as large as before.
+            DeviceError: there is not so much memory; it is as it was at first.
         """
-        if nbytes <= self._nbytes:
-            return
-        former = self._given, self._nbytes
-        self.close()
-        self._given, self._nbytes = None, nbytes
+        if nbytes > self._nbytes:
+            self.close()
+            self._nbytes, self._given = nbytes, None
         try:
             self.block()
         except BaseException:
-            self._given, self._nbytes = former
+            self.close()
             raise
 
     def close(self) -> None:
-        """Give back a block of its own; safe to call twice."""
-        if self._own is not None:
-            self._own.close()
-        self._own = None
+        """Give back a block of its own, and be as at first; safe to call twice."""
+        own, self._own = self._own, None
+        self._nbytes, self._given = self._first
+        if own is not None:
+            own.close()
 
 
 class Slot:
@@ -117,11 +118,28 @@ class Slot:
         """Return the bytes of the device, and as many pinned ones, that a slot of the arena takes."""
         return aligned(input_bytes) + place_arrays({name: shapes[name] for name in RESULTS}, rows)[1]
 
-    def reserve(self, nbytes: Iterable[int]) -> None:
-        """Have pinned memory for arrays of these sizes; before `stage`, while no other thread calls the device."""
-        if not self._device.is_host:
-            self._staging.grow(sum(map(aligned, nbytes)))
-            self._staging.block()
+    def reserve(self, nbytes: Iterable[int], *, upload_bytes: int) -> None:
+        """Have memory for what goes to the device; before `stage`, while no other thread calls the device.
+
+        Args:
+            nbytes: of the arrays that are staged.
+            upload_bytes: of those among them that `upload` takes.
+        Raises:
+            DeviceError: there is not so much memory.
+        """
+        if self._device.is_host:
+            return
+        self._staging.reserve(sum(map(aligned, nbytes)))
+        if upload_bytes:
+            self._inputs.reserve(upload_bytes)
+
+    def reserve_downloads(self, *, is_pixels: bool) -> None:
+        """Have memory for results that go to the host; pixels are made on the device. See `reserve`."""
+        if self._device.is_host:
+            return
+        self._arrivals.reserve()
+        if is_pixels:
+            self._results.reserve()
 
     def stage(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Copy arrays into pinned memory, once no work reads it any more; on the host return them as they are.
@@ -142,10 +160,9 @@ class Slot:
         return staged
 
     def upload(self, staged: NDArray[Any]) -> Array:
-        """Enqueue the copy of staged images to the device; on the host return them as they are."""
+        """Enqueue the copy of staged images to the device, after `reserve`; on the host return them as they are."""
         if self._device.is_host:
             return staged
-        self._inputs.grow(staged.nbytes)
         block, offset = self._inputs.block()
         uploaded = self._device.array(block, offset, staged.shape, staged.dtype.name)
         self._device.copy(uploaded, staged)
@@ -258,8 +275,7 @@ class Slots:
 
     def lease(self, rows: int) -> Lease:
         """Return the smallest free slot that holds results of so many rows, or a new one."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
+        self._take_returned()
         self._close_spares()
         fitting = [slot for slot in reversed(self._free) if slot.rows >= rows]
         if fitting:
@@ -271,6 +287,14 @@ class Slots:
         self._note_use()
         return Lease(slot, self._give_back)
 
+    def close_free(self) -> None:
+        """Give back what free slots have allocated; the arena's serve later calls as at first, the others are gone."""
+        self._take_returned()
+        free, self._free = self._free, [slot for slot in self._free if slot in self._arena]
+        with ExitStack() as closing:
+            for slot in free:
+                closing.callback(slot.close)
+
     def close(self) -> None:
         """Close the free slots, and the others when they come back; then release. Safe to call twice."""
         self._is_closed = True
@@ -278,10 +302,14 @@ class Slots:
         self._free.clear()
         self._finish()
 
+    def _take_returned(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+
     def _give_back(self, slot: Slot) -> None:
         slot.forget_deliveries()
+        self._out.pop(id(slot), None)  # before it can be leased again, which another thread may do at once
         self._returned.append(slot)
-        self._out.pop(id(slot), None)
         if self._is_closed:
             self._finish()
 

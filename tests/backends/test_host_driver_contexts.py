@@ -76,6 +76,7 @@ def ask():
     print(*(result[0].name.removeprefix("CUDA_") for result in (
         driver.cuEventQuery(event), driver.cuEventSynchronize(event), driver.cuStreamSynchronize(other.handle),
         driver.cuMemAlloc(16), driver.cuMemAllocHost(16), driver.cuMemFree(block), driver.cuMemFreeHost(pinned),
+        driver.cuLibraryLoadData(b"none", [], [], 0, [], [], 0),
     )))
 
 def ask_relaxed():
@@ -96,7 +97,7 @@ for mode, work in (("THREAD_LOCAL", ask), ("GLOBAL", ask), ("GLOBAL", ask_relaxe
     _, block = driver.cuMemAlloc(16)
     _, pinned = driver.cuMemAllocHost(16)
 """
-    allowed, refused = " ".join(["SUCCESS"] * 6), " ".join(["ERROR_STREAM_CAPTURE_UNSUPPORTED"] * 7)
+    allowed, refused = " ".join(["SUCCESS"] * 7), " ".join(["ERROR_STREAM_CAPTURE_UNSUPPORTED"] * 8)
     assert host_driver.run(START + script).output.splitlines() == [
         f"ERROR_NOT_READY {allowed}",
         refused,

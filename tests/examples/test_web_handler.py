@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from examples import web_handler
-from examples.web_handler import InversionServer, png_from_pixels
+from examples.web_handler import InversionHandler, InversionServer, png_from_pixels
 from restyle_deploy import Session
 from restyle_deploy.errors import DeviceError, VerificationError
 
@@ -133,6 +134,13 @@ def test_other_errors_are_the_servers(
     monkeypatch.setattr(session, "invert", refuse)
     picture = png_from_pixels(np.zeros((8, 8, 3), np.uint8))
     assert ask(server, "POST", "/invert", picture) == (500, reason)
+
+
+def test_a_client_that_falls_silent_is_hung_up_on(server: InversionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InversionHandler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as client:
+        client.sendall(b"POST /invert HTTP/1.0\r\nContent-Length: 10\r\n\r\n")
+        assert client.recv(100) == b""
 
 
 def test_the_command_serves_until_interrupted(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

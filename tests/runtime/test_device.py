@@ -200,6 +200,21 @@ else:
     ]
 
 
+def test_block_that_comes_when_a_capture_has_just_ended_goes_with_the_device(host_driver: HostDriver) -> None:
+    script = """
+block = device.allocate(1024)
+device._is_capturing = True  # as another thread has found it
+block.close()
+device._is_capturing = False
+driver.cuCtxGetDevice()
+device.close()
+"""
+    done = run(host_driver, COPIES, script)
+    names = [call.name for call in done.calls]
+    assert names.count("cuMemFree") == 1
+    assert names.index("cuMemFree") > names.index("cuCtxGetDevice")
+
+
 def test_streams_that_are_none_are_named(host_driver: HostDriver) -> None:
     script = """
 from cuda.core import Device

@@ -172,6 +172,15 @@ def test_arrays_elsewhere_are_refused(images: Any, error: type[Exception], messa
         create_session()[0].invert(images)
 
 
+def test_interface_that_cannot_be_read_is_the_cause() -> None:
+    with pytest.raises(ValueError, match="an array on a GPU") as refusal:
+        array_on_host(UnreadableCudaArray(), "cpu")
+    assert str(refusal.value.__cause__) == "no such thing"
+    with pytest.raises(ValueError, match="an array on a GPU") as refusal:
+        array_on_host(CudaArray(), "cpu")
+    assert refusal.value.__cause__ is None
+
+
 def test_opening_and_closing_many_times_leaves_nothing(toy_bundle: Path) -> None:
     """Sessions of the host give their memory back: what stays is less than one of them has."""
     import tracemalloc

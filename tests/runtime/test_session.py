@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import BackendUnavailableError, BundleError, ShapeError, VerificationError
 from restyle_deploy.runtime.images import normalize_images, resize_image
-from restyle_deploy.runtime.loop import HOST_BATCHES_KEPT
+from restyle_deploy.runtime.loop_cache import HOST_BATCHES_KEPT
 from restyle_deploy.runtime.session import LARGEST_VALUE
 from tests.fakes import create_session, encode, expected_latents, generate
 from tests.pictures import picture

@@ -118,6 +118,7 @@ def test_graph_that_cannot_be_bound_leaves_no_memory(monkeypatch: pytest.MonkeyP
             session.invert(device.put(targets_of(1)), steps=2, every_step=True)
         opened.append(len(device.open_blocks))
     assert np.diff(opened).tolist() == [1, 1]  # what this test puts there
+    session.close()
 
 
 @pytest.mark.parametrize("lacking", ["pinned", "device"])
@@ -134,6 +135,7 @@ def test_memory_that_lacks_for_one_call_is_there_for_the_next(lacking: str) -> N
         assert_is(session.invert(targets, steps=2).latents, expected_latents(targets, 2)[-1])
     device.memory_left = None
     assert np.isfinite(session.invert(photo, steps=1).latents).all()
+    session.close()
 
 
 # What is kept
@@ -189,6 +191,7 @@ def test_what_was_exported_is_kept_until_it_is_read(monkeypatch: pytest.MonkeyPa
     session.invert(targets_of(1), steps=1)
     gc.collect()
     assert gone
+    session.close()
 
 
 # Inversions that were pending
@@ -220,6 +223,7 @@ def test_results_are_not_held_by_a_slot_that_is_free() -> None:
     session.invert_async(targets_of(2), steps=2)
     free = [*session._execution._memory.slots._free, *session._execution._memory.slots._returned]
     assert [slot._deliveries for slot in free] == [[], []]
+    session.close()
 
 
 def test_finishing_a_run_twice_leaves_the_next_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +241,7 @@ def test_finishing_a_run_twice_leaves_the_next_one_alone(monkeypatch: pytest.Mon
     pending: PendingInversion[Any] = session.invert_async(targets_of(2, 2), steps=2)
     finish(finished[0])
     assert_is(pending.result().latents, expected_latents(targets_of(2, 2), 2)[-1])
+    session.close()
 
 
 def test_pending_inversion_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +256,7 @@ def test_pending_inversion_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(DeviceError, match="an earlier launch failed"):
             ask()
     assert pending.is_done()  # as its outcome is known
+    session.close()
 
 
 def test_question_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +270,7 @@ def test_question_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         pending.is_done()
     monkeypatch.undo()
     assert_is(pending.result().latents, expected_latents(targets_of(1), 2)[-1])
+    session.close()
 
 
 def test_work_that_no_thread_takes_does_not_hold_up_closing() -> None:
@@ -305,6 +312,8 @@ def test_dropped_session_warns_and_frees(where: str) -> None:
 
 
 def test_closed_session_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    gc.collect()
+    recwarn.clear()  # of what earlier tests have left to the collector
     session, *_ = create_session()
     session.close()
     del session
@@ -325,6 +334,8 @@ def test_session_dropped_in_its_own_thread_is_closed_there() -> None:
 
 
 def test_session_that_could_not_be_opened_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    gc.collect()
+    recwarn.clear()  # as above
     device = RecordingDevice()
     device.memory_left = 0
     with pytest.raises(DeviceError):
@@ -344,6 +355,11 @@ if {closed}:
     session.close()
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=project_root, timeout=60, check=False
+        [sys.executable, "-W", "always::ResourceWarning", "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=project_root,
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

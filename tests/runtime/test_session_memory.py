@@ -2,14 +2,15 @@
 
 import gc
 import tracemalloc
+from collections import deque
 
 import numpy as np
 import pytest
 
 from restyle_deploy.errors import DeviceError
-from restyle_deploy.runtime.loop import IDLE_CALLS, RECORDINGS_KEPT
+from restyle_deploy.runtime.loop_cache import IDLE_RUNS, RECORDINGS_KEPT
 from restyle_deploy.runtime.results import DeviceInversion
-from restyle_deploy.runtime.slots import LEASES_REMEMBERED
+from restyle_deploy.runtime.slots import LEASES_REMEMBERED, Lease, Slot
 from tests import fakes
 from tests.fakes import FakeRunner, create_engine_session, create_session, expected_latents
 from tests.pictures import picture
@@ -123,7 +124,7 @@ def test_recording_that_is_idle_gives_way(device: RecordingDevice) -> None:
     session, *_ = create_session(device=device)
     for steps in range(1, RECORDINGS_KEPT + 1):
         session.invert(targets_of(1), steps=steps)
-    for _ in range(IDLE_CALLS // RECORDINGS_KEPT - 1):
+    for _ in range(IDLE_RUNS // RECORDINGS_KEPT - 1):
         for steps in range(2, RECORDINGS_KEPT + 2):
             session.invert(targets_of(1), steps=steps)
     assert device.count()["capture"] == RECORDINGS_KEPT
@@ -189,10 +190,89 @@ def test_idle_steps_give_their_memory_to_those_that_are_asked_for(device: Record
         for arguments in ((2, 3), (4, 4), (1, 12)):  # each fits into what the others had
             invert(*arguments)
     before = session._execution.loops.recordings
-    with pytest.raises(DeviceError, match="bytes are asked for"):
-        session._execution.loops.loop(batch=4, steps=40, every_step=True, from_average=True)
-    assert session._execution.loops.recordings < before
-    invert(4, 4)
+    for more in (0, 10_500_000):  # too little for the results, and for the steps alone
+        device.memory_left += more
+        with pytest.raises(DeviceError, match="bytes are asked for"):
+            invert(4, 40)
+        assert session._execution.loops.recordings < before
+        invert(4, 4)
+
+
+@pytest.mark.parametrize("idle", ["steps", "slots"])
+def test_idle_memory_is_given_to_results_on_the_device(
+    device: RecordingDevice, idle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    session, *_ = create_session(device=device, max_batch=4)
+    count = 8 if idle == "steps" else 20
+    images = device.put(targets_of(count))
+    if idle == "steps":
+        for batch in (1, 2, 4):
+            session.invert(targets_of(batch), steps=4 // batch, every_step=True)
+    else:
+        held = [invert_on(session, device, targets_of(7), steps=1) for _ in range(4)]
+        held.clear()
+    device.memory_left = 0
+    result = session.invert(images, steps=2)
+    assert isinstance(result, DeviceInversion)
+    assert_is(device.read(result.latents), expected_latents(targets_of(count), 2)[-1])
+    (record,) = caplog.records
+    assert record.message.endswith("; what no call uses is given back, and is bound anew when it is needed")
+    session.close()
+
+
+@pytest.mark.parametrize("image_type", ["float32", "uint8"])
+def test_idle_memory_is_given_to_results_on_their_way_to_the_host(device: RecordingDevice, image_type: str) -> None:
+    session, *_ = create_session(device=device, max_batch=4)
+    for count in (1, 2, 4):
+        session.invert(targets_of(count), steps=12, every_step=True)
+    device.memory_left = 0
+    for _ in range(3):
+        result = session.invert(targets_of(4), steps=13, every_step=True, image_type=image_type)
+        assert_is(result.latents, expected_latents(targets_of(4), 13))
+    session.close()
+    assert device.open_blocks == []
+
+
+@pytest.mark.parametrize("image_type", ["float32", "uint8"])
+def test_idle_memory_is_given_to_large_photos_and_comes_back(device: RecordingDevice, image_type: str) -> None:
+    session, *_ = create_session(device=device, max_batch=1)
+    photo, images = picture(0, 300, 400)[None], device.put(targets_of(7))
+    expected = create_session()[0].invert(photo, steps=2, image_type=image_type)
+    session.invert(targets_of(1), steps=20, every_step=True)
+    device.memory_left = 0
+    np.testing.assert_array_equal(session.invert(photo, steps=2, image_type=image_type).images, expected.images)
+    device.memory_left = 0  # from now on each has what the other one had
+    for _ in range(3):
+        result = session.invert(images, steps=2)
+        assert isinstance(result, DeviceInversion)
+        assert_is(device.read(result.latents), expected_latents(targets_of(7), 2)[-1])
+        del result
+        found = session.invert(photo, steps=2, image_type=image_type)
+        np.testing.assert_array_equal(found.images, expected.images)
+        for _ in range(3):  # in both slots of the arena
+            assert_is(session.invert(targets_of(2), steps=1).latents, expected_latents(targets_of(2), 1)[-1])
+    session.close()
+
+
+def test_slot_that_is_leased_as_it_comes_back_is_in_use(
+    device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may lease it before the one that gives it back goes on."""
+
+    class LeasedAtOnce(deque[Slot]):
+        def append(self, slot: Slot) -> None:
+            super().append(slot)
+            leases.append(slots.lease(1))
+
+    session, *_ = create_session(device=device)
+    slots, leases = session._execution._memory.slots, list[Lease]()
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "_returned", LeasedAtOnce())
+        slots.lease(1).end()
+    assert [*slots._out.values()] == [lease.slot for lease in leases] != []
+    leases.clear()
+    assert not slots._out
+    session.close()
 
 
 def test_pending_calls_keep_as_many_slots_as_they_use(device: RecordingDevice) -> None:
@@ -310,3 +390,17 @@ def test_runs_of_too_few_images_are_filled_up(device: RecordingDevice, on_device
         assert_is(found, expected_latents(targets, 2)[-1])
         assert_is(warm, expected_latents(targets[:2], 2)[-1])
     assert {len(bound["target"]) for bound in encoder.bound} == {4}
+
+
+def test_filling_a_batch_up_takes_few_copies(device: RecordingDevice) -> None:
+    session, encoder, _ = create_session(device=device, batches=(8, 8))
+    copies = []
+    for count in (8, 8, 7, 5, 3, 1):  # the first one is not recorded
+        device.calls.clear()
+        result = invert_on(session, device, targets_of(count), steps=1)
+        copies.append(device.count()["copy device to device"])
+        assert_is(device.read(result.latents), expected_latents(targets_of(count), 1)[-1])
+        filled = encoder.bound[0]["target"][count - 1 :]
+        np.testing.assert_array_equal(filled, np.broadcast_to(targets_of(count)[-1:], filled.shape))
+    assert np.diff(copies[1:]).tolist() == [1, 1, 1, 0]
+    session.close()

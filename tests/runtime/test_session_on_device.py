@@ -9,6 +9,8 @@ from collections import Counter
 
 import pytest
 
+from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.ops import compiler
 from tests.backends.host_driver.stand_in import HostDriver
 from tests.runtime.device_scripts import ALLOCATIONS, WAITS, between, run
 
@@ -180,3 +182,74 @@ gc.collect()
     assert counts["cuGraphInstantiateWithFlags"] == counts["cuGraphExecDestroy"] > 0
     assert counts["cuEventCreate"] == counts["cuEventDestroy"]
     assert counts["cuStreamCreateWithPriority"] == counts["cuStreamDestroy"] == 200
+
+
+LAZY = """
+class LazyRunner(CopyRunner):
+    # Allocates when it is bound and when it runs first, as libraries do.
+    def bind(self, buffers):
+        run, left = super().bind(buffers), ["run"]
+        self.allocate("bind")
+        def run_lazily():
+            if left:
+                self.allocate(left.pop())
+            run()
+        return run_lazily
+
+    def allocate(self, when):
+        allocated.add((when, driver.cuMemAlloc(16)[0].name))
+
+    def close(self):
+        allocated.add(("close", driver.cuMemAlloc(16)[0].name))
+
+CopyRunner, allocated = LazyRunner, set()
+session, device = open_session()
+Device(0).set_current()
+floats = put(device, images_of(2, 0.5))
+pixels = device.array(device.allocate(2 * 48 * 40 * 3), 0, (2, 48, 40, 3), "uint8")
+other = Device(0).create_stream()
+begun, done = threading.Event(), threading.Event()
+
+def capture():
+    Device(0).set_current()
+    driver.cuStreamBeginCapture(other.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+    begun.set()
+    done.wait(60)
+    print(driver.cuStreamEndCapture(other.handle)[0].name)
+
+thread = threading.Thread(target=capture)
+thread.start()
+begun.wait(60)
+"""
+
+
+@pytest.mark.parametrize(("images", "image_type", "kernels"), [("floats", "float32", 0), ("pixels", "uint8", 2)])
+def test_what_is_done_once_does_not_mind_captures_of_others(
+    host_driver: HostDriver, images: str, image_type: str, kernels: int
+) -> None:
+    """Graphs are bound and run first, and kernels are loaded, while another thread captures in the mode "global"."""
+    if kernels:
+        try:
+            compiler.check_available()
+        except BackendUnavailableError as error:
+            pytest.skip(str(error))
+    done = run(
+        host_driver,
+        START + LAZY,
+        f"""
+for _ in range(3):
+    session.invert({images}, steps=2, image_type="{image_type}").wait()
+session.invert_async(images_of(3, 0.5), steps=1).result()
+print(driver.cuMemAlloc(16)[0].name)  # a call of someone else's
+session.close()
+done.set()
+thread.join()
+print(*sorted(allocated))
+""",
+    )
+    assert done.output.splitlines() == [
+        "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        "CUDA_SUCCESS",
+        "('bind', 'CUDA_SUCCESS') ('close', 'CUDA_SUCCESS') ('run', 'CUDA_SUCCESS')",
+    ]
+    assert len(done.named("cuLibraryLoadData")) == kernels

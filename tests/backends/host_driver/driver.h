@@ -151,8 +151,9 @@ CUcontext thread_context();
 // events and graphs that the package itself calls.
 bool has_context();
 
-// Whether calls that wait, ask, allocate or free are prohibited in the calling thread: by captures in the mode "global" of
-// any thread, or in "thread local" of its own, as far as its own mode (cuThreadExchangeStreamCaptureMode) minds them.
+// Whether calls that wait, ask, load, allocate or free are prohibited in the calling thread: by captures in the mode
+// "global" of any thread, or in "thread local" of its own, as far as its own mode (cuThreadExchangeStreamCaptureMode)
+// minds them.
 bool prohibits_unsafe_calls();
 
 // A function that answers "not supported" and records `name`.

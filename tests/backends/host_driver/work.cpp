@@ -330,6 +330,7 @@ DRIVER_CALL cuGraphExecDestroy(CUgraphExec executable) {
 DRIVER_CALL cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned int,
                               CUlibraryOption*, void**, unsigned int) {
     Call call(__func__);
+    if (prohibits_unsafe_calls()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *library = libraries.make();
     (*library)->image = image_of(code);
     return CUDA_SUCCESS;
