@@ -18,7 +18,7 @@ from benchmarks.contenders import CONTENDERS, ModelFiles
 from benchmarks.models import build_engines
 from examples.demo_model.portraits import load_portraits, reduce_to_64
 from restyle_deploy.backends import BACKENDS, load_backend
-from restyle_deploy.backends.base import PRECISIONS, RunnerOptions
+from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS, RunnerOptions
 from restyle_deploy.bench.charts import CHART_NAME
 from restyle_deploy.bench.matrix import MatrixOptions, configurations_of
 from restyle_deploy.bench.report import Configuration, Report
@@ -63,13 +63,13 @@ def prepare_bundle(work: Path) -> Path:
 
 
 def choose_configurations(bundle: Bundle) -> tuple[Configuration, ...]:
-    """Return one configuration for each backend of the CPU and each precision that it can compute in here.
+    """Return one configuration for each backend of the CPU in float32, and in each other precision that can run here.
 
-    Engines are taken where the bundle has them.
+    A backend that cannot run here keeps its row, which says why. Engines are taken where the bundle has them.
     """
     chosen: list[Configuration] = []
     for backend in CPU_BACKENDS:
-        usable = [precision for precision in PRECISIONS if _can_run(backend, precision)]
+        usable = [each for each in PRECISIONS if each == EXACT_PRECISION or _can_run(backend, each)]
         options = MatrixOptions(backends=(backend,), device="cpu", precisions=tuple(usable))
         chosen += configurations_of(bundle, options)
     return tuple(chosen)

@@ -9,8 +9,9 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import click
@@ -18,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from restyle_deploy.backends.base import RunnerOptions
+from restyle_deploy.backends.base import PRECISIONS, RunnerOptions
 from restyle_deploy.backends.onnxruntime import create_settings
-from restyle_deploy.bundle import EngineRecord, find_engine, read_bundle
+from restyle_deploy.bundle import Bundle, EngineRecord, find_engine, read_bundle
 from restyle_deploy.graph.edit import array_of, sizes_of
 from restyle_deploy.processor import describe_processor, usable_cores
 
@@ -42,32 +43,38 @@ def main(directory: Path, output: Path | None, threads: int | None) -> None:
         f"{describe_processor()}, {options.threads} threads, batch 1, medians of {RUNS} runs. Ceiling: a product of two"
         f" {MATRIX_SIZE}×{MATRIX_SIZE} float32 matrices runs at {ceiling / 1e9:.0f} GMAC/s."
     ]
-    profilers: Mapping[str, Callable[[EngineRecord, str, RunnerOptions], dict[str, float]]] = {
-        "onnxruntime": _profile_onnxruntime,
-        "openvino": _profile_openvino,
-    }
     for name in bundle.graphs:
         products = sum(layer.products for layer in layers_of(bundle.graphs[name].path))
         text.append(
             f"### {name}\n\nAs exported: {products / 1e9:.1f} GMAC in convolutions and linear layers, "
             f"{products / ceiling * 1e3:.0f} ms at the ceiling."
         )
-        for backend, profile in profilers.items():
-            engine = find_engine(bundle, backend=backend, device="cpu", precision="fp32")
-            if engine is not None:
-                text.append(_format_profile(backend, profile(engine, name, options)))
+        text += _profiles(bundle, name, options)
     result = "\n\n".join(text) + "\n"
     if output is not None:
         output.write_text(result, encoding="utf-8")
     click.echo(result)
 
 
-def _format_profile(backend: str, operators: Mapping[str, float]) -> str:
+def _profiles(bundle: Bundle, name: str, options: RunnerOptions) -> Iterator[str]:
+    """Yield the tables of a graph of all engines that the bundle has, in every precision."""
+    profilers: Mapping[str, Callable[[EngineRecord, str, RunnerOptions], dict[str, float]]] = {
+        "onnxruntime": _profile_onnxruntime,
+        "openvino": _profile_openvino,
+    }
+    for (backend, profile), precision in product(profilers.items(), PRECISIONS):
+        engine = find_engine(bundle, backend=backend, device="cpu", precision=precision)
+        if engine is not None:
+            graph_options = replace(options, precision=precision).for_graph(name)
+            yield _format_profile(f"{backend} {precision}", profile(engine, name, graph_options))
+
+
+def _format_profile(label: str, operators: Mapping[str, float]) -> str:
     total = sum(operators.values())
     ranked = sorted(operators.items(), key=lambda item: -item[1])
     shown = [*ranked[:SHOWN], ("all others", sum(ms for _, ms in ranked[SHOWN:]))]
     lines = [f"| {name} | {ms:.1f} | {ms / total:.0%} |" for name, ms in shown]
-    return "\n".join([f"| {backend}, {total:.0f} ms | ms | share |", "|---|---:|---:|", *lines])
+    return "\n".join([f"| {label}, {total:.0f} ms | ms | share |", "|---|---:|---:|", *lines])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +161,10 @@ def _profile_openvino(engine: EngineRecord, role: str, options: RunnerOptions) -
     """Return milliseconds per run by operator and the kernel that ran it."""
     import openvino as ov
 
-    core = ov.Core()
-    core.set_property("CPU", {"PERF_COUNT": True, "INFERENCE_NUM_THREADS": options.threads or 0})
-    compiled = core.import_model(engine.graphs[role].path.read_bytes(), "CPU", {"PERF_COUNT": True})
+    from restyle_deploy.backends.openvino import create_settings as create_openvino_settings
+
+    settings = {**create_openvino_settings(options), "PERF_COUNT": True}
+    compiled = ov.Core().import_model(engine.graphs[role].path.read_bytes(), "CPU", settings)
     request = compiled.create_infer_request()
     runs: dict[str, list[float]] = defaultdict(list)
     operators: dict[str, str] = {}

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from restyle_deploy.engines import ENGINES
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, find_sites
 from restyle_deploy.planner import Clock, choose, measure_sites, measure_whole, specs_of
 from restyle_deploy.processor import usable_cores
-from restyle_deploy.tuning import Conditions, Times, read_refused, read_times, write_times
+from restyle_deploy.tuning import Conditions, KeptTimes, Times
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_SECONDS = 180.0
@@ -115,7 +116,7 @@ class Building:
         self._bundle, self._backend, self._options, self._progress = bundle, backend, options, progress
         self._target = target
         self._clock = Clock(seconds=float("inf"))
-        self._conditions = Conditions(
+        conditions = Conditions(
             backend=options.backend,
             device=options.runner.device,
             precision=options.precision,
@@ -128,8 +129,11 @@ class Building:
             },
             processor=_processor_of_times(target.processor, options.runner.device),
         )
-        self._known: dict[str, Mapping[str, float]] = dict(read_times(bundle.path, self._conditions))
-        self._refused: dict[str, tuple[str, ...]] = read_refused(bundle.path, self._conditions)
+        # Each graph's own: a kind of site may occur in both, and `mixed` computes them in two precisions.
+        precisions = {self._runner_of(name).precision for name in bundle.graphs}
+        self._kept = {
+            precision: KeptTimes(bundle.path, replace(conditions, precision=precision)) for precision in precisions
+        }
         self._anew = options.retune
         self._seconds = 0.0
         self._choices: dict[str, str] = {}
@@ -180,7 +184,7 @@ class Building:
         sites = find_sites(model)
         if is_measured:
             return model, sites, self._measure(name, model, sites)
-        known = self._known if self._options.tune else {}
+        known = self._kept_of(name).times if self._options.tune else {}
         return model, sites, {site.key: known[site.key] for site in sites if site.key in known}
 
     def _choose(self, name: str, sites: list[Site], times: Times) -> dict[str, str]:
@@ -204,13 +208,9 @@ class Building:
 
     def _measure(self, name: str, model: ir.Model, sites: list[Site]) -> Times:
         """Return the times of the kinds of sites that occur: the known ones and those that time allows to measure."""
-        options = self._runner_of(name)
-        unknown = [site for site in sites if self._anew or not self._is_known(site, options.precision)]
-        measured_refusals: dict[str, tuple[str, ...]] = {}
-
-        def note_refused(key: str, choice: str) -> None:
-            measured_refusals[key] = (*measured_refusals.get(key, ()), choice)
-
+        options, kept = self._runner_of(name), self._kept_of(name)
+        unknown = [site for site in sites if self._anew or not _is_known(site, kept, options.precision)]
+        refused: dict[str, list[str]] = defaultdict(list)
         began = self._clock.elapsed
         times = measure_sites(
             model,
@@ -221,23 +221,14 @@ class Building:
             request=self._request,
             epilogues=self._needs_epilogues,
             progress=lambda key: self._progress(f"measuring {key} ({self._clock.elapsed:.0f} s)"),
-            refused=note_refused,
+            refused=lambda key, choice: refused[key].append(choice),
         )
-        self._known |= times
-        for key in times:
-            self._refused.pop(key, None)
-        self._refused |= measured_refusals
         self._seconds += self._clock.elapsed - began
-        self._keep_times()
-        return {site.key: self._known[site.key] for site in sites if site.key in self._known}
+        kept.update(times, refused)
+        return {site.key: kept.times[site.key] for site in sites if site.key in kept.times}
 
-    def _is_known(self, site: Site, precision: str) -> bool:
-        """Whether all choices of a kind of site have a time, but for those that the backend refused."""
-        known = {*self._known.get(site.key, ()), *self._refused.get(site.key, ())}
-        return known == set(FAMILIES[site.family].choices_for(precision))
-
-    def _keep_times(self) -> None:
-        write_times(self._bundle.path, self._conditions, self._known, refused=self._refused)
+    def _kept_of(self, name: str) -> KeptTimes:
+        return self._kept[self._runner_of(name).precision]
 
     @property
     def _request(self) -> BuildRequest:
@@ -276,13 +267,14 @@ class Building:
 
         It does not where the backend refuses the graph as exported.
         """
-        exported = self._bundle.graphs[name]
+        exported, kept = self._bundle.graphs[name], self._kept_of(name)
         described = json.dumps([exported.sha256, sorted(choices.items())])
         key = f"whole {name} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
-        if self._anew or "planned" not in self._known.get(key, ()):
+        if self._anew or kept.tried(key) != {"exported", "planned"}:
             self._progress(f"comparing the {name} with the exported graph")
             began = self._clock.elapsed
-            self._known[key] = measure_whole(
+            refused: list[str] = []
+            measured = measure_whole(
                 exported,
                 built[name],
                 built.get("target"),
@@ -290,11 +282,11 @@ class Building:
                 options=self._runner_of(name),
                 request=self._request,
                 weights=self._weights,
+                refused=refused.append,
             )
             self._seconds += self._clock.elapsed - began
-            self._keep_times()
-        times = self._known[key]
-        self._measurements[f"whole {name}"] = times
+            kept.update({key: measured}, {key: refused} if refused else {})
+        times = self._measurements[f"whole {name}"] = kept.times[key]
         return "exported" in times and times["planned"] > times["exported"]
 
 
@@ -304,3 +296,8 @@ def _processor_of_times(processor: str, device: str) -> str:
         return processor
     name = find_name(device)
     return processor if name in processor else f"{processor} on {name}"
+
+
+def _is_known(site: Site, kept: KeptTimes, precision: str) -> bool:
+    """Whether all choices of a kind of site have a time, but for those that the backend refused."""
+    return kept.tried(site.key) == set(FAMILIES[site.family].choices_for(precision))

@@ -21,6 +21,7 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_SECONDS = 900
 FOUND_ERRORS = 86
 _CHILD = "from restyle_deploy.gpu_kernel_checks import compare_kernels; compare_kernels()"
+_TRACEBACK = "Traceback (most recent call last):\n"
 
 
 def compile_all_kernels(arch: str) -> str:
@@ -90,8 +91,9 @@ def check_sanitizer() -> str:
     """Compare the kernels once more, under each tool of compute-sanitizer.
 
     Raises:
-        BackendUnavailableError: it is not installed, or does not know the device; or see `compare_kernels`.
-        VerificationError: a tool found an error.
+        BackendUnavailableError: it is not installed, does not know the device, or fails itself, as one that does not
+            fit the driver; or see `compare_kernels`.
+        VerificationError: a tool found an error, or the comparison fails under it.
     """
     program = find_sanitizer()
     if program is None:
@@ -103,15 +105,34 @@ def check_sanitizer() -> str:
         output, code = _sanitize(program, tool)
         if "Device not supported" in output:
             raise BackendUnavailableError(f"{SANITIZER} says: Device not supported")
+        if code == FOUND_ERRORS:
+            raise VerificationError(f"{tool}: {_words_of_sanitizer(output)}")
         if code:
-            lines = [line.strip("= ") for line in output.splitlines() if line.startswith("=====")]
-            raise VerificationError(f"{tool}: {'; '.join(line for line in lines if line)[:300] or output[-300:]}")
+            raise _failure_of_child(tool, output) or BackendUnavailableError(
+                f"{tool} ends with exit status {code}: {_words_of_sanitizer(output)}"
+            )
     return f"{', '.join(SANITIZER_TOOLS)} find nothing"
 
 
 def find_sanitizer() -> str | None:
     """Return the path of compute-sanitizer; None where there is none."""
     return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=os.pathsep.join(SANITIZER_PLACES))
+
+
+def _words_of_sanitizer(output: str) -> str:
+    """Return the lines that compute-sanitizer has marked as its own; without one, the end of the output."""
+    lines = [line.strip("= ") for line in output.splitlines() if line.startswith("=====")]
+    return "; ".join(line for line in lines if line)[:300] or output[-300:].strip() or "it said nothing"
+
+
+def _failure_of_child(tool: str, output: str) -> BackendUnavailableError | VerificationError | None:
+    """Return what ended the comparison under the sanitizer, by its traceback; None where that is not what failed."""
+    _, mark, after = output.rpartition(_TRACEBACK)
+    message = next((line for line in after.splitlines() if line[:1] not in ("", " ", "=")), "")
+    if not mark or not message:
+        return None
+    kind = BackendUnavailableError if BackendUnavailableError.__name__ in message else VerificationError
+    return kind(f"{tool}: {message[:300]}")
 
 
 def _sanitize(program: str, tool: str) -> tuple[str, int]:
@@ -154,7 +175,7 @@ def _kernel_error(dtype: str, layout: Any, case: Any) -> float:
         exact = fused_bias_act.fused_bias_act(x.float(), **wide)
     else:
         up, pads, _ = case
-        exact = upfirdn2d.upfirdn2d_epilogue(x.float(), _filter(), up=up, pads=pads, **wide)
+        exact = upfirdn2d.upfirdn2d_epilogue(x.float(), up=up, pads=pads, **wide)
     return float((ours.float().cpu() - exact).abs().max() / exact.abs().max())
 
 
@@ -165,7 +186,7 @@ def _apply(image: Any, case: Any, factors: dict[str, Any]) -> Any:
     if case is None:
         return cuda_ops.fused_bias_act(image, **factors)
     up, pads, _ = case
-    return cuda_ops.upfirdn2d_epilogue(image, _filter().to(DEVICE), up=up, pads=pads, **factors)
+    return cuda_ops.upfirdn2d_epilogue(image, up=up, pads=pads, **factors)
 
 
 def _filter() -> Any:
@@ -184,6 +205,7 @@ def _images(dtype: str, case: Any, *, seed: int) -> Any:
 
 
 def _factors(dtype: str, case: Any, device: str) -> dict[str, Any]:
+    """Return what a kernel reads beside the images, its filter included: on the device, where a graph may read it."""
     import torch
 
     up, pads, size = case or (1, (0, 0, 0, 0), (33, 40))
@@ -195,6 +217,8 @@ def _factors(dtype: str, case: Any, device: str) -> dict[str, Any]:
         "noise": torch.randn((1, 1, *out_size), generator=generator).to(getattr(torch, dtype)),
         "next_scale": torch.randn((2, CHANNELS), generator=generator),
     }
+    if case is not None:
+        factors["kernel"] = _filter()
     return {name: factor.to(device) for name, factor in factors.items()}
 
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import DEFAULT_REQUEST, EXACT_PRECISION, Backend, BuildRequest, RunnerOptions
 from restyle_deploy.engines import GraphRecord
-from restyle_deploy.errors import BuildError
+from restyle_deploy.errors import BuildError, DeviceError
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, Choices, Site
 from restyle_deploy.graph.rewrites.fuse_epilogue import find_epilogue, fuse_epilogue
 from restyle_deploy.graph.rewrites.target_features import target_graph
 from restyle_deploy.graph.rewrites.tidy import tidy
 from restyle_deploy.latency import measure_interleaved
+from restyle_deploy.short_memory import find_short_memory
 from restyle_deploy.tensors import BATCH, TensorSpec
 from restyle_deploy.tuning import Times
 from restyle_deploy.workbench import Workbench, WorkbenchRun
@@ -106,7 +108,7 @@ def measure_sites(
 ) -> dict[str, dict[str, float]]:
     """Time all choices of each kind of site, each as a small graph cut out of the exported one.
 
-    A choice that the backend refuses is left out.
+    A choice that the backend refuses is left out, as is one for which the device lacks something now.
 
     Args:
         model: the exported graph; not changed.
@@ -118,7 +120,7 @@ def measure_sites(
         epilogues: whether what follows a convolution becomes one node, see `apply_choices`; such a filter is measured
             with what follows it, as one kernel may compute both.
         progress: told the kind of site that is being measured.
-        refused: told the kind of site and the choice that the backend refuses.
+        refused: told the kind of site and the choice that the backend refuses, now and later.
     Returns:
         Medians in milliseconds at the smallest batch, by key and choice.
     Raises:
@@ -133,10 +135,15 @@ def measure_sites(
             break
         progress(key)
         site = _with_epilogue(model, group[0]) if epilogues else group[0]
-        times[key] = _measure_site(model, site, backend=backend, options=options, request=request, epilogues=epilogues)
-        for choice in FAMILIES[site.family].choices_for(options.precision):
-            if choice not in times[key]:
-                refused(key, choice)
+        times[key] = _measure_site(
+            model,
+            site,
+            backend=backend,
+            options=options,
+            request=request,
+            epilogues=epilogues,
+            refused=partial(refused, key),
+        )
     return times
 
 
@@ -149,6 +156,7 @@ def measure_whole(
     options: RunnerOptions,
     request: BuildRequest = DEFAULT_REQUEST,
     weights: Mapping[str, Path] = NO_WEIGHTS,
+    refused: Callable[[str], None] = lambda choice: None,
 ) -> dict[str, float]:
     """Time a whole graph as exported and as planned.
 
@@ -159,9 +167,10 @@ def measure_whole(
         backend, options: how they run.
         request: how the engine was built.
         weights: what stripped engines were built from, by the stem of the engine's file.
+        refused: told `exported` where the backend refuses that graph, now and later.
     Returns:
-        Milliseconds of a step with the smallest batch, by `exported` and `planned`; `planned` alone where the backend
-        refuses the exported graph, so that there is nothing to compare with.
+        Milliseconds of a step with the smallest batch, by `exported` and `planned`; `planned` alone where the exported
+        graph is refused, or the device lacks something for it: there is nothing to compare with then.
     Raises:
         BuildError: the backend refuses to load what it has built.
     """
@@ -173,8 +182,10 @@ def measure_whole(
         try:
             model = ir.load(exported.path)
             runs["exported"] = _load(model, Path(folder), "exported", bench, backend=backend, request=request)
-        except BuildError as error:
+        except (BuildError, DeviceError) as error:
             LOGGER.warning("the exported graph is no alternative to the plan: %s", error)
+            if _is_lasting(error):
+                refused("exported")
         for key, record in {"planned": planned, "target": target}.items():
             if record is not None:
                 file = record.path
@@ -194,7 +205,14 @@ def measure_whole(
 
 
 def _measure_site(
-    model: ir.Model, site: Site, *, backend: Backend, options: RunnerOptions, request: BuildRequest, epilogues: bool
+    model: ir.Model,
+    site: Site,
+    *,
+    backend: Backend,
+    options: RunnerOptions,
+    request: BuildRequest,
+    epilogues: bool,
+    refused: Callable[[str], None],
 ) -> dict[str, float]:
     with (
         tempfile.TemporaryDirectory(prefix="restyle-deploy-", ignore_cleanup_errors=True) as folder,
@@ -202,7 +220,7 @@ def _measure_site(
     ):
         runs: dict[str, WorkbenchRun] = {}
         extra_runs: dict[str, WorkbenchRun] = {}
-        refusals: list[BuildError] = []
+        failures: list[Exception] = []
         for number, choice in enumerate(FAMILIES[site.family].choices_for(options.precision)):
             part, extra = _candidate(model, site, choice, epilogues=epilogues)
             try:
@@ -211,14 +229,16 @@ def _measure_site(
                     for index, graph in enumerate((part, extra))
                     if graph is not None
                 ]
-            except BuildError as error:
+            except (BuildError, DeviceError) as error:
                 LOGGER.warning("%s: %s is left out: %s", site.key, choice, error)
-                refusals.append(error)
+                failures.append(error)
+                if _is_lasting(error):
+                    refused(choice)
                 continue
             runs[choice] = loaded[0]
             extra_runs.update((choice, run) for run in loaded[1:])
         if not runs:
-            raise BuildError(f"{site.key}: no way to compute it is taken; the last one: {refusals[-1]}")
+            raise BuildError(f"{site.key}: no way to compute it is taken; the last one: {failures[-1]}")
         # The first run of a graph also allocates.
         again = measure_interleaved(runs, warmup=1, repeats=1)
         best = min(latency.median_ms for latency in again.values())
@@ -230,6 +250,11 @@ def _measure_site(
     for choice, latency in extra_times.items():
         times[choice] += latency.median_ms / STEPS
     return {choice: time_ms / bench.runs_per_call for choice, time_ms in times.items()}
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether a failure is the backend's refusal of a graph; a device that lacks memory may have it the next time."""
+    return isinstance(error, BuildError) and find_short_memory(str(error)) is None
 
 
 def _with_epilogue(model: ir.Model, site: Site) -> Site:

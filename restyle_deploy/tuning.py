@@ -38,6 +38,32 @@ class Conditions:
     processor: str
 
 
+class KeptTimes:
+    """What a bundle keeps of tuning under some conditions.
+
+    Attributes:
+        times: milliseconds, by kind of site and choice.
+        refused: the choices that the backend has refused, by kind of site.
+    """
+
+    def __init__(self, bundle: Path, conditions: Conditions) -> None:
+        self._bundle, self._conditions = bundle, conditions
+        self.times: dict[str, Mapping[str, float]] = dict(read_times(bundle, conditions))
+        self.refused = read_refused(bundle, conditions)
+
+    def tried(self, key: str) -> set[str]:
+        """Return the choices of a kind of site that need not be tried again: timed, or refused."""
+        return {*self.times.get(key, ()), *self.refused.get(key, ())}
+
+    def update(self, times: Times, refused: Mapping[str, Sequence[str]]) -> None:
+        """Put what was tried of some kinds of sites in the place of what there was, and write it into the bundle."""
+        for key in times:
+            self.refused.pop(key, None)
+        self.times |= times
+        self.refused |= {key: tuple(choices) for key, choices in refused.items()}
+        write_times(self._bundle, self._conditions, self.times, refused=self.refused)
+
+
 def read_times(bundle: Path, conditions: Conditions) -> dict[str, dict[str, float]]:
     """Return what was measured under these conditions; nothing where nothing was, or where the file is damaged."""
     return {key: dict(times) for key, times in _entry_of(bundle, conditions).get("times", {}).items()}

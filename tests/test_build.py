@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import restyle_deploy.build as build_module
 import restyle_deploy.building as building_module
 import restyle_deploy.engine_graphs as graphs_module
+import restyle_deploy.graph.plan as plan_module
 from restyle_deploy.backends import BACKENDS, load_backend
 from restyle_deploy.backends.base import (
     DEFAULT_REQUEST,
@@ -34,12 +35,11 @@ from restyle_deploy.device_array import Array
 from restyle_deploy.engines import Batches, batches_of_build
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError, VerificationError
 from restyle_deploy.files import sha256_of_file
-from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, find_sites
+from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Site, find_sites
 from restyle_deploy.graph.preview import preview_graph
 from restyle_deploy.runtime import opening as opening_module
 from restyle_deploy.runtime.session import Session
 from restyle_deploy.tensors import TensorSpec
-from restyle_deploy.tuning import write_times
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation, verify_bundle
 from tests.bundles import edit_manifest
 
@@ -368,7 +368,7 @@ def _prepare_times(bundle: Path, spy: SpyBackend) -> None:
     sites = [site for graph in opened.graphs.values() for site in find_sites(ir.load(graph.path))]
     times = {site.key: dict.fromkeys(FAMILIES[site.family].choices, 1.0) for site in sites}
     building = building_module.Building(opened, spy, options(), target=spy.target, progress=lambda stage: None)
-    write_times(bundle, building._conditions, times)
+    building._kept["fp32"].update(times, {})
 
 
 def _measured_keys(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> set[str]:
@@ -629,14 +629,17 @@ def test_command_that_builds_again_has_all_options(bundle: Path) -> None:
 
 
 class RefusingSpy(SpyBackend):
-    """Takes no transposed convolution but the skip image's."""
+    """Takes no transposed convolution but the skip image's, unless it has no reason."""
+
+    reason = "transposed convolutions are refused"
 
     def build(
         self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
     ) -> Mapping[str, Any]:
         nodes = onnx.load(graph, load_external_data=False).graph.node
-        if any(node.op_type == "ConvTranspose" and "skip_upsample" not in node.name for node in nodes):
-            raise BuildError("transposed convolutions are refused")
+        refused = [node for node in nodes if node.op_type == "ConvTranspose" and "skip_upsample" not in node.name]
+        if refused and self.reason:
+            raise BuildError(self.reason)
         return super().build(graph, engine, options, request)
 
 
@@ -656,6 +659,22 @@ def test_refused_choices_and_a_refused_exported_graph_end_no_tuning(
     spy.built.clear()
     assert tune(bundle).plan["choices"] == engine.plan["choices"]
     assert spy.measured == 0  # what was refused is not tried again
+
+
+def test_choices_that_memory_lacked_for_are_tried_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = RefusingSpy()
+    spy.reason = "PyTorch refuses it: CUDA out of memory"
+    monkeypatch.setattr(build_module, "load_backend", lambda name: spy)
+    monkeypatch.setattr(building_module, "TABLE", {"onnxruntime": TABLE["tensorrt-rtx"]})
+    assert set(tune(bundle, seconds=1e9).plan["measurements"]["whole generator"]) == {"planned"}
+    spy.reason = ""
+    times = tune(bundle, seconds=1e9).plan["measurements"]
+    kinds = [set(each) for site, each in times.items() if site.endswith(" upsampling")]
+    assert kinds == [set(FAMILIES["upsampling"].choices)] * len(kinds)
+    assert set(times["whole generator"]) == {"exported", "planned"}
+    spy.built.clear()
+    tune(bundle)
+    assert spy.measured == 0
 
 
 def test_times_are_of_one_model_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -842,6 +861,45 @@ def test_mixed_precision_is_float32_in_the_encoder_only(
     measured = [precision for role, precision in anything.built if role not in record.graphs]
     assert measured == sorted(measured, reverse=True)
     assert set(measured) == ({"fp32", "bf16"} if tune else set())
+
+
+def test_mixed_precision_has_times_of_each_graphs_own_precision(
+    bundle: Path, spy: SpyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both graphs have convolutions of one kind, to which bfloat16 has fewer ways."""
+    measured: list[tuple[str, str]] = []
+
+    def measure(model: ir.Model, sites: list[Site], *, options: RunnerOptions, **_: Any) -> dict[str, Any]:
+        measured.extend((options.precision, key) for key in {site.key for site in sites})
+        time_ms = 1.0 if options.precision == "fp32" else 2.0
+        choices = {site.key: FAMILIES[site.family].choices_for(options.precision) for site in sites}
+        return {key: dict.fromkeys(each, time_ms) for key, each in choices.items()}
+
+    def compare(*_: Any, options: RunnerOptions, **__: Any) -> dict[str, float]:
+        measured.append((options.precision, "whole"))
+        return {"exported": 2.0, "planned": 1.0}
+
+    monkeypatch.setattr(spy, "check_build", lambda *_: spy.target)
+    monkeypatch.setattr(spy, "_backend", BuildAnything(spy._backend))
+    monkeypatch.setattr(plan_module, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(plan_module, "WINOGRAD_LEAST_PIXELS", 1)
+    monkeypatch.setattr(Site, "key", property(lambda site: site.family))
+    monkeypatch.setattr(building_module, "measure_sites", measure)
+    monkeypatch.setattr(building_module, "measure_whole", compare)
+    plan = tune(bundle, precision="mixed").plan
+    assert {("fp32", "convolution"), ("bf16", "convolution"), ("fp32", "whole"), ("bf16", "whole")} <= set(measured)
+    graphs = read_bundle(bundle).graphs
+    sites = {name: find_sites(ir.load(graph.path)) for name, graph in graphs.items()}
+    for name, time_ms in (("encoder", 1.0), ("generator", 2.0)):
+        assert {time for site in sites[name] for time in plan["measurements"][site.name].values()} == {time_ms}
+    entries = json.loads((bundle / TUNING).read_text(encoding="utf-8"))["entries"]
+    assert {entry["conditions"]["precision"] for entry in entries} == {"fp32", "bf16"}
+    measured.clear()
+    assert tune(bundle, precision="mixed").plan["measurements"] == plan["measurements"]
+    assert measured == []
+    tune(bundle)  # in float32: the encoder's are known
+    families = {name: {site.family for site in found} for name, found in sites.items()}
+    assert set(measured) == {("fp32", key) for key in {*(families["generator"] - families["encoder"]), "whole"}}
 
 
 class BuildAnything:

@@ -283,6 +283,32 @@ def test_kernels_are_replayed_on_other_images(monkeypatch: pytest.MonkeyPatch, i
         gpu_kernel_checks.capture_kernels()
 
 
+def test_filters_are_made_before_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the device is refused while a graph is recorded, and a new filter cannot be read then."""
+    from restyle_deploy.ops import cuda_ops
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_kernel_checks, "DEVICE", "cpu")
+    filters: dict[int, torch.Tensor] = {}
+    apply = cuda_ops.upfirdn2d_epilogue
+
+    def noted(image: torch.Tensor, kernel: torch.Tensor, **factors: Any) -> torch.Tensor:
+        filters[id(kernel)] = kernel
+        return apply(image, kernel, **factors)
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_kernel_checks, "_filter", None)
+            run()
+        return run
+
+    monkeypatch.setattr(cuda_ops, "upfirdn2d_epilogue", noted)
+    monkeypatch.setattr(gpu_kernel_checks, "_capture", capture)
+    gpu_kernel_checks.capture_kernels()
+    assert len(filters) == len(gpu_kernel_checks.CASES) - 1
+
+
+TRACEBACK = "printf '%s\\n' 'Traceback (most recent call last):' '  File one'"
 SANITIZER = """#!/bin/sh
 echo "$2" >> "{notes}"
 [ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3
@@ -315,7 +341,11 @@ def test_all_tools_of_the_sanitizer_run(sanitizer: Callable[[str], Path]) -> Non
     ("action", "error", "message"),
     [
         ("echo '========= Invalid __global__ read'; exit 86", VerificationError, "memcheck: Invalid __global__ read"),
-        ("echo 'no module'; exit 1", VerificationError, "memcheck: no module"),
+        (f"{TRACEBACK} 'errors.VerificationError: wrong' >&2; exit 1", VerificationError, "memcheck: .*: wrong"),
+        (f"{TRACEBACK} 'BackendUnavailableError: no GPU'; exit 1", BackendUnavailableError, "memcheck: .*: no GPU"),
+        ("echo '========= Error: mismatch'; exit 1", BackendUnavailableError, "status 1: Error: mismatch"),
+        ("echo 'no injection library' >&2; exit 255", BackendUnavailableError, "status 255: no injection library"),
+        ("exit 3", BackendUnavailableError, "memcheck ends with exit status 3: it said nothing"),
         ("echo 'Error: Device not supported'; exit 1", BackendUnavailableError, "says: Device not supported"),
         ("exec sleep 5", VerificationError, "memcheck: it does not end within 0.1 s"),
     ],

@@ -13,7 +13,7 @@ from restyle_deploy.backends import BACKENDS
 from restyle_deploy.backends.base import DEFAULT_REQUEST, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.bundle import Bundle, open_bundle
 from restyle_deploy.device_array import Array
-from restyle_deploy.errors import BuildError
+from restyle_deploy.errors import BuildError, DeviceError
 from restyle_deploy.graph.edit import fix_batch
 from restyle_deploy.graph.plan import FAMILIES, TABLE, Site, find_sites
 from restyle_deploy.planner import (
@@ -440,3 +440,77 @@ def test_exported_graph_that_is_refused_is_no_alternative(
     assert times["planned"] > 0
     assert "the exported graph is no alternative to the plan: no ConvTranspose here" in caplog.text
     assert backend.open == 0
+
+
+class ShortOfMemoryBackend(TimedBackend):
+    """Lacks memory for graphs with a transposed convolution: when it builds them, or when a run is bound."""
+
+    def __init__(self, error: BuildError | DeviceError) -> None:
+        super().__init__()
+        self._error = error
+
+    def build(
+        self, graph: Path, engine: Path, options: RunnerOptions, request: BuildRequest = DEFAULT_REQUEST
+    ) -> Mapping[str, Any]:
+        super().build(graph, engine, options, request)
+        operators = {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+        if "ConvTranspose" in operators and isinstance(self._error, BuildError):
+            raise self._error
+        engine.write_text(" ".join([engine.read_text(encoding="utf-8"), *operators]), encoding="utf-8")
+        return {}
+
+    def load(self, file: Path, *rest: Any, weights: Path | None = None) -> TimedRunner:
+        runner = super().load(file, *rest, weights=weights)
+        if "ConvTranspose" in file.read_text(encoding="utf-8"):
+            runner.bind = self._refuse  # type: ignore[method-assign]
+        return runner
+
+    def _refuse(self, buffers: Mapping[str, Array]) -> Callable[[], None]:
+        raise self._error
+
+
+SHORT_OF_MEMORY = pytest.mark.parametrize(
+    "error", [BuildError("PyTorch refuses it: CUDA out of memory"), DeviceError("cuMemAlloc: whatever")], ids=repr
+)
+
+
+@SHORT_OF_MEMORY
+def test_choice_that_memory_lacks_for_is_left_out_this_time_only(
+    generator: ir.Model, caplog: pytest.LogCaptureFixture, error: BuildError | DeviceError
+) -> None:
+    sites, told = sites_of(generator, "upsampling")[:1], list[tuple[str, str]]()
+    backend = ShortOfMemoryBackend(error)
+    times = measure_sites(
+        generator,
+        sites,
+        backend=backend,
+        options=RunnerOptions(),
+        clock=Clock(seconds=1e9),
+        refused=lambda key, choice: told.append((key, choice)),
+    )
+    assert set(times[sites[0].key]) == {"phases", "polyphase"}
+    assert told == []
+    assert f"merged is left out: {error}" in caplog.text
+    assert backend.open == 0
+
+
+@SHORT_OF_MEMORY
+def test_exported_graph_that_memory_lacks_for_is_not_refused(
+    bundle: Bundle, tmp_path: Path, error: BuildError | DeviceError
+) -> None:
+    planned = replace(bundle.graphs["generator"], path=tmp_path / "generator.engine")
+    planned.path.write_text("/node", encoding="utf-8")
+    refused: list[str] = []
+    for backend, expected in (
+        (ShortOfMemoryBackend(error), []),
+        (RefusingBackend("ConvTranspose"), ["exported"]),
+    ):
+        times = measure_whole(
+            bundle.graphs["generator"],
+            planned,
+            None,
+            backend=backend,
+            options=RunnerOptions(),
+            refused=refused.append,
+        )
+        assert (set(times), refused) == ({"planned"}, expected)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from restyle_deploy.tuning import Conditions, read_refused, read_times, write_times
+from restyle_deploy.tuning import Conditions, KeptTimes, read_refused, read_times, write_times
 
 CONDITIONS = Conditions(
     backend="fake", device="cpu", precision="fp32", threads=2, library_versions={"fake": "1.0"}, processor="Abacus"
@@ -112,3 +112,14 @@ def test_refused_choices_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"format_version": 1, "entries": [entry(refused={"a": [1]})]}))
     assert read_times(tmp_path, CONDITIONS) == {}
     assert read_refused(tmp_path, CONDITIONS) == {}
+
+
+def test_what_is_tried_again_takes_the_place_of_what_was_kept(tmp_path: Path) -> None:
+    kept = KeptTimes(tmp_path, CONDITIONS)
+    kept.update({"a": {"node": 1.0}, "b": {"node": 2.0}}, {"a": ["merged"], "b": ["merged"]})
+    assert kept.tried("a") == {"node", "merged"}
+    kept.update({"a": {"node": 3.0}}, {})
+    again = KeptTimes(tmp_path, CONDITIONS)
+    for each in (kept, again):
+        assert (each.tried("a"), each.tried("b"), each.tried("c")) == ({"node"}, {"node", "merged"}, set())
+        assert each.times == {"a": {"node": 3.0}, "b": {"node": 2.0}}

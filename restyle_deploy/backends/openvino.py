@@ -101,7 +101,7 @@ def build(
     model = _read_graph(graph)
     exported = io.BytesIO()
     with _refusal(graph):
-        ov.Core().compile_model(model, _DEVICE, _settings(options)).export_model(exported)
+        ov.Core().compile_model(model, _DEVICE, create_settings(options)).export_model(exported)
     engine.write_bytes(exported.getbuffer())
     return {}
 
@@ -123,7 +123,7 @@ def load(
     @lru_cache(maxsize=_BATCHES_KEPT)
     def compile_for(batch: int) -> ov.CompiledModel:
         with _refusal(file):
-            return ov.Core().compile_model(_model_of_batch(model, batch), _DEVICE, _settings(options))
+            return ov.Core().compile_model(_model_of_batch(model, batch), _DEVICE, create_settings(options))
 
     return OpenVinoRunner(lambda batch: compile_for(batch).create_infer_request(), inputs, outputs)
 
@@ -181,7 +181,7 @@ class _Engine:
                 # OpenVINO takes writable memory only: a private mapping, of which nothing is ever written.
                 self._blob = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             blob = ov.Tensor(np.frombuffer(self._blob, np.uint8), shared_memory=True)
-            self._model = ov.Core().import_model(blob, _DEVICE, _settings(options))
+            self._model = ov.Core().import_model(blob, _DEVICE, create_settings(options))
         # Most weights have been copied into the layouts of their operations; those that are read in place come back
         # from the file as they are. At 1024 px this process peaks at 2006 instead of 2701 MiB so, in bf16 at 1311
         # instead of 1830.
@@ -192,7 +192,7 @@ class _Engine:
         return self._model.create_infer_request()
 
 
-def _settings(options: RunnerOptions) -> dict[str, Any]:
+def create_settings(options: RunnerOptions) -> dict[str, Any]:
     """Return the device's properties.
 
     The precision is always named: by default OpenVINO computes in bfloat16 where the CPU has it. Whether threads are

@@ -11,6 +11,7 @@ from restyle_deploy.bench.report import ConfigurationResult, Report
 # is not among them: its checkpoint's hash says which model it is.
 SAME_MACHINE = ("cpu", "logical_cores", "usable_cores", "governor")
 SAME_BUNDLE = ("domain", "output_size", "checkpoint_sha256")
+_MODEL = re.compile(r"SHA-256 [0-9a-f]+")
 
 
 def unlike_environments(first: Report, second: Report) -> list[str]:
@@ -77,16 +78,16 @@ def lost_metrics(first: Report, second: Report) -> dict[str, str]:
 def unlike_metrics(first: MetricFacts, second: MetricFacts) -> str | None:
     """Return in what one metric differs between two reports so that its figures cannot be compared; None: in nothing.
 
-    Where one of the reports does not record what the figures depend on, as older ones, the sources have to be equal.
+    Definitions and sources are prose, which is reworded. Where one of the reports does not record what the figures
+    depend on, as older ones, the hash of a model counts that the source names.
     """
-    if first.definition != second.definition:
-        return f"its definition: {first.definition!r} and {second.definition!r}"
     if first.depends_on and second.depends_on:
         names = sorted({*first.depends_on, *second.depends_on})
         pairs = [(name, first.depends_on.get(name), second.depends_on.get(name)) for name in names]
         unlike = [f"{name} {_text(before)} and {_text(after)}" for name, before, after in pairs if before != after]
         return ", ".join(unlike) or None
-    return None if first.source == second.source else f"its source: {first.source!r} and {second.source!r}"
+    models = [_MODEL.findall(metric.source) for metric in (first, second)]
+    return None if models[0] == models[1] else f"its model: {_text(models[0])} and {_text(models[1])}"
 
 
 def notes_of_quality(first: Report, second: Report) -> list[str]:
@@ -137,7 +138,7 @@ def _notes_of_metric(first: MetricFacts, second: MetricFacts) -> Iterator[str]:
         yield f"{second.label} is not compared, it differs in {unlike}"
     elif bool(first.depends_on) != bool(second.depends_on):
         which = "second" if first.depends_on else "first"
-        yield f"{second.label}: the {which} report does not record what its model is given; their sources are equal"
+        yield f"{second.label}: the {which} report does not record what its model is given; both name the same model"
 
 
 def _system_of(platform: str) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
     fitting = [each for each in candidates if budget_ms is None or each.bound_ms <= budget_ms]
     good = [each for each in fitting if _meets(each.judged, minimums, report.metrics)]
     wanted = _describe_wish(budget_ms, minimums, report.metrics)
+    notes = list(_unjudged(report, candidates, metric, minimums))
     if not good:
         reason = f"nothing meets {wanted}: {_nearest(candidates, fitting, budget_ms)}"
         chosen = None
@@ -98,13 +99,13 @@ def decide(report: Report, *, budget_ms: float | None, minimums: Mapping[str, fl
         chosen = min(good, key=lambda each: (each.p95_ms, each.row.steps))
         left_out = sum(result.status != "ok" for result in report.configurations)
         reason = _describe_choice(chosen, metric, wanted, len(candidates), left_out)
-        reason += "".join(f"; {doubt}" for doubt in _doubts(chosen, budget_ms, report.settings.image_count))
+        notes += _doubts(chosen, budget_ms, report.settings.image_count)
     return Decision(
         configuration=chosen.key[0] if chosen else None,
         steps=chosen.key[1] if chosen else None,
         budget_ms=budget_ms,
         minimums=dict(minimums),
-        reason=reason,
+        reason="; ".join([reason, *notes]),
         pareto=pareto,
     )
 
@@ -208,10 +209,14 @@ def _whatever_batch(result: ConfigurationResult, row: Row) -> tuple[Configuratio
 def _meets(row: Row, minimums: Mapping[str, float], metrics: Sequence[MetricFacts]) -> bool:
     higher_is_better = {metric.name: metric.higher_is_better for metric in metrics}
     for name, limit in minimums.items():
-        mean = row.quality[name].mean if name in row.quality else None
+        mean = _mean_of(row, name)
         if mean is None or (mean < limit if higher_is_better[name] else mean > limit):
             return False
     return True
+
+
+def _mean_of(row: Row, metric: str) -> float | None:
+    return row.quality[metric].mean if metric in row.quality else None
 
 
 def _best_by_quality(good: Sequence[Candidate], metric: MetricFacts) -> list[Candidate]:
@@ -253,9 +258,32 @@ def _describe_choice(chosen: Candidate, metric: MetricFacts, wanted: str, count:
     name, steps = chosen.key
     quality = f"{metric.label} {chosen.quality.mean:.{metric.decimals}f}{_unit(metric)}"
     figures = f"p95 {chosen.p95_ms:.3g} ms, {chosen.row.throughput:.3g} images/s, {quality}"
-    rows = f"{count} row{'s' * (count != 1)}"
     without = f" ({left_out} configuration{'s' * (left_out != 1)} failed or skipped)" if left_out else ""
-    return f"{name} with {count_steps(steps)}: {figures}; chosen of {rows}{without} for {wanted}"
+    return f"{name} with {count_steps(steps)}: {figures}; chosen of {_count_rows(count)}{without} for {wanted}"
+
+
+def _unjudged(
+    report: Report, candidates: Sequence[Candidate], metric: MetricFacts, minimums: Mapping[str, float]
+) -> Iterator[str]:
+    """Yield which measured rows have no figure of a metric that decides, as where it failed while it measured."""
+    judged = {each.key: each.judged for each in candidates}
+    results = [result for result in report.configurations if result.status == "ok"]
+    measured = [(result.configuration.name, row.steps) for result in results for row in result.rows]
+    lacking = {metric.name: [key for key in measured if key not in judged]}
+    for name in minimums:
+        lacking.setdefault(name, [key for key, row in judged.items() if _mean_of(row, name) is None])
+    labels = {each.name: each.label for each in report.metrics}
+    for name, keys in lacking.items():
+        if keys:
+            yield f"{_count_rows(len(keys))} without {labels[name]} left out: {_list_rows(keys)}"
+
+
+def _list_rows(keys: Sequence[tuple[str, int]]) -> str:
+    """Return "onnxruntime-cpu-fp32-engine-b1 (steps 1, 2)" and so on."""
+    steps: dict[str, list[str]] = {}
+    for name, count in keys:
+        steps.setdefault(name, []).append(str(count))
+    return ", ".join(f"{name} (steps {', '.join(counts)})" for name, counts in steps.items())
 
 
 def _doubts(chosen: Candidate, budget_ms: float | None, image_count: int) -> Iterator[str]:
@@ -287,6 +315,10 @@ def _nearest(candidates: Sequence[Candidate], fitting: Sequence[Candidate], budg
         return f"the fastest row is {name} with {count_steps(steps)}: {_describe_bound(fastest)}"
     where = "within the budget" if budget_ms is not None else "measured"
     return f"none of the rows {where} has the quality ({len(fitting)})"
+
+
+def _count_rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _unit(metric: MetricFacts) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 
 from restyle_deploy.bench.charts import front_metric, front_note
 from restyle_deploy.bench.decision import upper_p95_ms
-from restyle_deploy.bench.load import sustained_rate
 from restyle_deploy.bench.page_images import images_section
 from restyle_deploy.bench.page_tables import (
     configurations_section,
@@ -139,11 +138,11 @@ def _line_data(line: Series) -> dict[str, object]:
         "colour": line.style.colour,
         "shape": line.style.shape,
         "dash": line.style.dash,
-        "points": [_point_data(point, line.batch) for point in line.points],
+        "points": [_point_data(point) for point in line.points],
     }
 
 
-def _point_data(point: Point, batch: int) -> dict[str, object]:
+def _point_data(point: Point) -> dict[str, object]:
     latency = point.latency
     return {
         "steps": point.steps,
@@ -154,7 +153,7 @@ def _point_data(point: Point, batch: int) -> dict[str, object]:
         "bound": upper_p95_ms(latency.samples_ms),
         "iqr": latency.iqr_ms,
         "quartiles": np.percentile(latency.samples_ms, (25, 75)).tolist(),
-        "throughput": batch * sustained_rate(latency.samples_ms),
+        "throughput": point.throughput,
         "unstable": (latency.reason or "no reason given") if latency.unstable else None,
         "quality": {
             name: {key: getattr(aggregate, key) for key in ("mean", "low", "high", "median", "p5", "p95")}

@@ -6,8 +6,8 @@ from html import escape
 
 from restyle_deploy.bench.decision import CONFIDENCE, LEAST_CALLS, upper_p95_ms
 from restyle_deploy.bench.figures import Gain, MetricFacts
-from restyle_deploy.bench.quality import gain_per_step, worsening_steps
-from restyle_deploy.bench.report import Report
+from restyle_deploy.bench.quality import LEAST_IMAGES, gain_per_step, worsening_steps
+from restyle_deploy.bench.report import ConfigurationResult, Report
 from restyle_deploy.bench.series import axis_label, direction_of, labels_of, measured_metrics, series_of
 from restyle_deploy.bench.tables import (
     FRONT,
@@ -144,7 +144,7 @@ def gains_section(report: Report) -> str:
             _value(gain.low, metrics[gain.metric]),
             _value(gain.high, metrics[gain.metric]),
             _per_step(gain, metrics[gain.metric]),
-            _steps_or(result.settled_at_steps.get(gain.metric), Cell(text="not yet", order=None)),
+            _settled(result, gain.metric),
             _steps_or(worse[result.configuration.name].get(gain.metric), NOTHING),
         )
         for result in report.configurations
@@ -155,7 +155,8 @@ def gains_section(report: Report) -> str:
     headers += ["settled at steps", "worse from steps"]
     note = (
         "An improvement is positive whichever way is better; low and high are its 95% bootstrap interval. Settled: no "
-        "later improvement is above its interval's width; worse: more steps are a loss."
+        "later improvement is above its interval's width; worse: more steps are a loss. "
+        f"Fewer than {LEAST_IMAGES} images tell neither."
     )
     return _table_section("gains", "What more steps bring", headers, rows, note=note, is_folded=True)
 
@@ -290,6 +291,15 @@ def _value(value: float | None, metric: MetricFacts) -> Cell:
 
 def _steps_or(steps: int | None, otherwise: Cell) -> Cell:
     return otherwise if steps is None else _count(steps)
+
+
+def _settled(result: ConfigurationResult, metric: str) -> Cell:
+    """Return the steps at which a metric is settled; without them, whether it is not yet, or one cannot tell."""
+    steps = result.settled_at_steps.get(metric)
+    if steps is not None:
+        return _count(steps)
+    last = max((gain for gain in result.gains if gain.metric == metric), key=lambda gain: gain.to_steps)
+    return Cell(text="cannot be told" if last.low is None else "not yet", order=None)
 
 
 def _per_step(gain: Gain, metric: MetricFacts) -> Cell:

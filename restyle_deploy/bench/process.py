@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from restyle_deploy.short_memory import find_short_memory
+
 LONGEST_REASON = 200
 OUT_OF_MEMORY = "it needed more memory than there is"
 
@@ -49,6 +51,9 @@ def describe_failure(error: BaseException) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a text as one line of bearable length."""
+    """Return a text as one line of bearable length; words that tell that memory is short are not lost."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+    if len(line) <= LONGEST_REASON:
+        return line
+    cut, telling = line[:LONGEST_REASON], find_short_memory(line)
+    return f"{cut}…" if telling is None or find_short_memory(cut) else f"{cut}… {telling}…"

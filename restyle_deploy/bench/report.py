@@ -104,7 +104,8 @@ class ConfigurationResult:
         parity: largest differences from the reference model.
         rows: one per step count, rising.
         gains: between neighbouring step counts.
-        settled_at_steps: by metric, the steps at which the gain falls below the interval's width; absent: not yet.
+        settled_at_steps: by metric, the steps after which no gain is above the width of its own interval. Absent where
+            the last one is above it (not yet), or has no interval, as of less than `quality.LEAST_IMAGES` images.
         against, exact: the reference model and the exact session, where they were measured in the same rounds.
         opening_ms: from the files to a session that is ready.
         machine: what was seen of clocks, temperature and other processes while it was measured.

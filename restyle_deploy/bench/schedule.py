@@ -215,14 +215,15 @@ def _place_of(job: Job) -> Path:
 
 
 def _finished(job: Job, key: str, options: BenchOptions) -> Part | None:
-    """Return the part of a former run of the same job that went well, if such parts are to be taken."""
+    """Return the part of a former run of the same job that went well, with all metrics, if they are to be taken."""
     if not options.resume:
         return None
     try:
         part = read_part(_place_of(job))
     except ReportError:
         return None
-    return part if part.key == key and part.result.status == "ok" else None
+    is_whole = part.result.status == "ok" and part.result.reason is None
+    return part if part.key == key and is_whole else None
 
 
 def _hash_of_source(package: Path) -> str:

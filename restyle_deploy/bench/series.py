@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from restyle_deploy.backends.base import EXACT_PRECISION
 from restyle_deploy.bench.figures import Aggregate, MetricFacts, StepLatency
+from restyle_deploy.bench.load import sustained_rate
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Report
 
 # Far apart for every kind of colour blindness (at least 18 in CIELAB under simulation) and on white paper (contrast 3).
@@ -33,10 +34,11 @@ class Style:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One step count of a line."""
+    """One step count of a line; throughput is in images per second, the report's where it has one."""
 
     steps: int
     latency: StepLatency
+    throughput: float
     quality: Mapping[str, Aggregate]
 
 
@@ -160,12 +162,21 @@ def _lines(report: Report, labels: Mapping[str, str]) -> Iterator[tuple[str, str
     for result in report.configurations:
         item = result.configuration
         if result.rows:
-            points = tuple(Point(steps=row.steps, latency=row.latency, quality=row.quality) for row in result.rows)
+            points = tuple(
+                Point(steps=row.steps, latency=row.latency, throughput=row.throughput, quality=row.quality)
+                for row in result.rows
+            )
             yield item.name, labels[item.name], "configuration", item.batch, points
         exact = replace(item, precision=EXACT_PRECISION, preview_steps=False)
         if result.exact is not None and exact.name not in present:
             points = tuple(
-                Point(steps=row.steps, latency=row.latency, quality=row.quality) for row in result.exact.rows
+                Point(
+                    steps=row.steps,
+                    latency=row.latency,
+                    throughput=_throughput(row.latency, item.batch),
+                    quality=row.quality,
+                )
+                for row in result.exact.rows
             )
             yield f"{item.name} exact", f"{labels[item.name]}: exact session", "exact", item.batch, points
         if result.against is not None and item.batch not in references:
@@ -179,8 +190,13 @@ def _reference_line(result: ConfigurationResult) -> tuple[str, str, Kind, int, t
     library, batch = str(result.against.reference["library"]), result.configuration.batch
     exact = [row.quality for row in (result.exact.rows if result.exact is not None else result.rows)]
     points = tuple(
-        Point(steps=row.steps, latency=row.latency, quality=quality)
+        Point(steps=row.steps, latency=row.latency, throughput=_throughput(row.latency, batch), quality=quality)
         for row, quality in zip(result.against.rows, exact, strict=True)
     )
     label = f"{library} (reference)" + (f", batch {batch}" if batch > 1 else "")
     return f"{library} b{batch}", label, "reference", batch, points
+
+
+def _throughput(latency: StepLatency, batch: int) -> float:
+    """Return images per second, as `Row.throughput` has them."""
+    return batch * sustained_rate(latency.samples_ms)

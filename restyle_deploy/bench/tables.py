@@ -1,7 +1,6 @@
 """A report's figures as cells, for the terminal, the page and pull requests."""
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +11,11 @@ from restyle_deploy.bench.quality import worsening_steps
 from restyle_deploy.bench.report import Configuration, ConfigurationResult, Report, Row
 from restyle_deploy.bench.series import axis_label, labels_of, measured_metrics, missing_note
 from restyle_deploy.bench.sweep import LEAST_GROWTH, BatchPoint, next_batch, saturated_batch
+from restyle_deploy.short_memory import find_short_memory
 
 UNSTABLE_MARK = "!"
 FRONT = "front"  # heads the column that marks the decision's Pareto front
 FRONT_MEANING = "beaten by no row in latency, images per second and quality together"
-
-# How libraries tell that memory is short, and how this package does: `process.OUT_OF_MEMORY`, `Device.allocate`.
-_SHORT_MEMORY = re.compile(
-    r"more memory than there is|smaller max_batch needs less|out.?of.?memory|not enough memory|bad.?alloc|"
-    r"allocate memory",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +115,7 @@ def notes_of(report: Report) -> list[str]:
 
 def is_memory_short(result: ConfigurationResult) -> bool:
     """Return whether a configuration failed because it needed more memory than there is."""
-    return result.status == "failed" and _SHORT_MEMORY.search(result.reason or "") is not None
+    return result.status == "failed" and find_short_memory(result.reason or "") is not None
 
 
 def _sweep_notes(report: Report, labels: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -236,16 +237,18 @@ def _compiler_version() -> str:
 
 
 def _headers_version() -> str:
-    """Return the version of the CUDA headers, of their package where there is one; else that in `cuda.h`."""
+    """Return the version of the CUDA headers: of their package, else that in `cuda.h`, else their folder."""
     folder = _header_folder()
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):  # a toolkit's
         distribution = importlib.metadata.distribution("nvidia-cuda-runtime")
-    except importlib.metadata.PackageNotFoundError:  # a toolkit's
-        distribution = None
-    if distribution is not None and folder.is_relative_to(Path(str(distribution.locate_file(""))).resolve()):
-        return distribution.version
-    found = re.search(r"#define CUDA_VERSION (\d+)", (folder / "cuda.h").read_text(encoding="utf-8", errors="replace"))
-    return found[1] if found else str(folder)
+        # Both as they lie on the disk: one may lead through a link, as in some environments.
+        if folder.resolve().is_relative_to(Path(str(distribution.locate_file(""))).resolve()):
+            return distribution.version
+    with suppress(OSError):  # not every folder has the file
+        header = (folder / "cuda.h").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"#define CUDA_VERSION (\d+)", header):
+            return found[1]
+    return str(folder)
 
 
 def _header_folder() -> Path:

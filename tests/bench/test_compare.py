@@ -231,13 +231,14 @@ def test_other_images_of_the_same_names_are_not_compared(report: Report) -> None
 @pytest.mark.parametrize(
     ("first", "second", "note"),
     [
-        ({"source": "other"}, {}, "PSNR (dB) is not compared, it differs in its source: 'other' and 'made up'"),
+        ({"source": "reworded; SHA-256 ab"}, {"source": "model, SHA-256 ab"}, None),
         (
-            {"definition": "other."},
-            {},
-            "PSNR (dB) is not compared, it differs in its definition: "
-            "'other.' and 'Peak signal-to-noise ratio, peak to peak 2.'",
+            {"source": "model, SHA-256 ab"},
+            {"source": "model, SHA-256 cd"},
+            "PSNR (dB) is not compared, it differs in its model: SHA-256 ab and SHA-256 cd",
         ),
+        ({"source": "SHA-256 ab"}, {}, "PSNR (dB) is not compared, it differs in its model: SHA-256 ab and none"),
+        ({"definition": "reworded.", "source": "others; NumPy"}, {}, None),
         (
             {"depends_on": {"model_sha256": "ab", "size": [112, 112]}},
             {"depends_on": {"model_sha256": "ab", "size": [64, 112]}},
@@ -256,7 +257,7 @@ def test_other_images_of_the_same_names_are_not_compared(report: Report) -> None
         (
             {"depends_on": {"model_sha256": "ab"}},
             {},
-            "PSNR (dB): the second report does not record what its model is given; their sources are equal",
+            "PSNR (dB): the second report does not record what its model is given; both name the same model",
         ),
     ],
 )

@@ -152,6 +152,24 @@ def test_reason_tells_how_many_configurations_were_not_measured(report: Report) 
     )
 
 
+def test_rows_without_a_metric_that_decides_are_told(make: Make) -> None:
+    """As where it failed in one configuration."""
+    report = make((FAST, [row(5, 15, steps=1), row(9, 18, steps=2)]), (SLOW, [row(4, None), row(7, None, steps=2)]))
+    decision = decide(report, budget_ms=None, minimums={})
+    assert (decision.configuration, decision.steps) == (FAST.name, 2)
+    told = f"; 2 rows without PSNR (dB) left out: {SLOW.name} (steps 1, 2)"
+    assert told in decision.reason
+    assert told in decide(report, budget_ms=1, minimums={}).reason
+    similar = {"ssim": made_up_aggregate(np.full(5, 0.9))}
+    first, second = report.configurations[0].rows
+    rows = (first, replace(second, quality={**second.quality, **similar}))
+    report = replace(make((FAST, list(rows)), (SLOW, [row(4, 17)])), metrics=(BY_NAME["psnr_db"], BY_NAME["ssim"]))
+    decision = decide(report, budget_ms=None, minimums={"psnr_db": 10, "ssim": 0.5})
+    assert (decision.configuration, decision.steps) == (FAST.name, 2)
+    assert f"; 2 rows without SSIM left out: {FAST.name} (steps 1), {SLOW.name} (steps 1)" in decision.reason
+    assert " left out" not in decide(report, budget_ms=None, minimums={"psnr_db": 10}).reason
+
+
 def test_failed_configurations_are_no_candidates(report: Report) -> None:
     failed = replace(report, configurations=report.configurations[-2:])
     decision = decide(failed, budget_ms=20, minimums={})

@@ -77,8 +77,11 @@ def test_chart_has_every_point_and_metric(report: Report, tmp_path: Path) -> Non
     }
     assert (point["p90"], point["p99"], point["iqr"]) == (row.latency.p90_ms, row.latency.p99_ms, row.latency.iqr_ms)
     assert point["bound"] == max(row.latency.samples_ms)
-    samples = row.latency.samples_ms
-    assert point["throughput"] == pytest.approx(1e3 * len(samples) / sum(samples))
+    assert point["throughput"] == row.throughput
+    against = report.configurations[0].against
+    assert against is not None
+    samples = against.rows[1].latency.samples_ms
+    assert data["series"][1]["points"][1]["throughput"] == pytest.approx(1e3 * len(samples) / sum(samples))
     assert data["series"][5]["points"][1]["unstable"] == "the interquartile range is above 10% of the median"
     assert data["decision"] == {"name": "openvino-cpu-fp32-engine-b1", "steps": 5, "budget": 20.0}
     assert data["logarithmic"] is True
@@ -126,6 +129,22 @@ def test_gains_are_told_of_a_step_and_where_they_become_losses(report: Report, t
         ["-0.050", "-0.060", "-0.040", "-0.0100", "5", "5"]
     ]
     assert {row[-1] for row in rows if row[1] == "MSE"} == {"-"}
+
+
+def test_where_a_metric_settles_is_told_or_that_one_cannot_tell(report: Report, tmp_path: Path) -> None:
+    first = report.configurations[0]
+    few = replace(
+        report.configurations[1],
+        gains=tuple(replace(gain, low=None, high=None) for gain in first.gains),
+        settled_at_steps={},
+    )
+    rows = rows_in(page_of(replace(report, configurations=(first, few)), tmp_path), "gains")
+    assert {(row[0], row[1], row[-2]) for row in rows} == {
+        ("onnxruntime", "MSE", "not yet"),
+        ("onnxruntime", "PSNR (dB)", "5"),
+        ("onnxruntime", "SSIM", "5"),
+        *(("onnxruntime, plain", metric, "cannot be told") for metric in ("MSE", "PSNR (dB)", "SSIM")),
+    }
 
 
 def test_all_figures_of_the_metrics_are_told(report: Report, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ WIDTHS = {"phone": (375, 812), "desktop": (1280, 900)}
 LINE, STEPS = "onnxruntime-cpu-fp32-plain-b1", 3
 DECISION = made_up_report().decision
 FRONT = DECISION.pareto if DECISION is not None else ()
+# Samples of a call in medians: a quarter of them are thrice as long, and one much longer.
+TAIL = (*[1.0] * 12, *[3.0] * 7, 9.0)
 
 pytestmark = pytest.mark.slow
 
@@ -186,6 +189,28 @@ def test_front_is_ringed_for_the_metric_that_it_was_judged_by(shown: Chrome) -> 
         x, y = place.removeprefix("translate(").removesuffix(")").split(",")
         expected.add((float(x), float(y)))
     assert {(round(x, 1), round(y, 1)) for x, y in places} == expected
+
+
+def test_bars_end_within_the_axes(browser: Chrome, tmp_path: Path) -> None:
+    """Of a median with a far quartile, and of a p95 with a far bound."""
+    report = made_up_report()
+    result = report.configurations[2]
+    rows = tuple(
+        replace(row, latency=replace(row.latency, samples_ms=tuple(row.latency.median_ms * factor for factor in TAIL)))
+        for row in result.rows
+    )
+    report = replace(report, configurations=(replace(result, rows=rows),), decision=None)
+    write_report(report, tmp_path / "report.json")
+    browser.get(write_page(tmp_path / "report.json", tmp_path / "report.html").as_uri())
+    WebDriverWait(browser, 20).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "#chart .point"))
+    right = run(browser, "return document.querySelector('#chart .axis').getBBox()")
+    for _ in range(2):
+        for value in ("median", "image", "p95"):
+            Select(browser.find_element(By.ID, "latency")).select_by_value(value)
+            ends = run(browser, "return [...document.querySelectorAll('#chart .bar')].map((it) => it.x2.baseVal.value)")
+            assert len(ends) == 2 * len(rows)
+            assert max(ends) <= right["x"] + right["width"]
+        run(browser, "document.getElementById('log').click()")
 
 
 def test_tables_sort_by_figures_and_by_words(shown: Chrome) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from restyle_deploy.bench.process import cause_of_death, describe_failure, shorten
+from restyle_deploy.cuda_driver import REMEDY
+from restyle_deploy.short_memory import find_short_memory
 
 CLAIM = """
 import os
@@ -49,6 +51,15 @@ def test_failure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_long_text_is_cut() -> None:
     assert shorten(" a\n  b ") == "a b"
     assert len(shorten("x" * 1000)) == 201
+
+
+def test_long_text_keeps_the_words_that_tell_of_memory() -> None:
+    """ONNX Runtime names a node and a line of its source before it says what it lacks."""
+    for before in range(150, 400, 7):
+        cut = shorten(f"{'x' * before} Failed to allocate memory for requested buffer of size 4; {'y' * 400}")
+        assert find_short_memory(cut) == "allocate memory"
+        assert len(cut) <= 201 + len(" allocate memory…")
+    assert find_short_memory(shorten(f"{'x' * 400} launch failed; {REMEDY}")) is None
 
 
 def test_answers_are_apart_from_what_libraries_print() -> None:

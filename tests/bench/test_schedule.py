@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from restyle_deploy.bench import schedule
+from restyle_deploy.bench.job import Job
 from restyle_deploy.bench.metrics import MetricOptions
 from restyle_deploy.bench.report import Configuration, Part
 from restyle_deploy.bench.schedule import BenchOptions, Jobs, measure_all
@@ -83,6 +84,20 @@ def test_failed_part_is_measured_again(measure: Measure, processes: FakeProcesse
     parts, _ = measure(ONE, TWO, resume=True)
     assert statuses(parts) == [(ONE.name, "ok"), (TWO.name, "ok")]
     assert processes.names == [ONE.name, TWO.name, ONE.name]
+
+
+def test_part_whose_metric_failed_is_measured_again(measure: Measure, processes: FakeProcesses) -> None:
+    def without_lpips(job: Job, key: str) -> Part:
+        part = processes.measured(job, key)
+        return replace(part, result=replace(part.result, reason="LPIPS: it failed while it measured: no memory"))
+
+    processes.outcomes[ONE.name] = without_lpips
+    parts, _ = measure(ONE)
+    assert statuses(parts) == [(ONE.name, "ok")]
+    processes.outcomes.clear()
+    parts, _ = measure(ONE, resume=True)
+    assert parts[0].result.reason is None
+    assert processes.names == [ONE.name, ONE.name]
 
 
 def test_damaged_part_is_measured_again(measure: Measure, processes: FakeProcesses, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from restyle_deploy.bench.figures import Gain
 from restyle_deploy.bench.report import ConfigurationResult, Report
 from restyle_deploy.bench.tables import format_table, is_memory_short, notes_of, table_of
+from restyle_deploy.cuda_driver import REMEDY
 
 
 def test_a_line_per_configuration_and_step_count(report: Report) -> None:
@@ -76,7 +77,10 @@ def swept(first: ConfigurationResult, *outcomes: float | str, **changes: Any) ->
         "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB",
         "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
         "the process died (exit status 1): std::bad_alloc",
-        "cuda:0: 70.00 GiB asked for, 3.20 of 79.10 GiB are free (...); a smaller max_batch needs less",
+        "cuda:0: 70.00 GiB asked for, 3.20 of 79.10 GiB are free (cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY); "
+        "a smaller max_batch needs less",
+        f"cuda:0: PyTorch 2.9 cannot run the graph: CUDNN_STATUS_ALLOC_FAILED; {REMEDY}",
+        "TensorRT 10.9: Requested amount of GPU memory (34359738368 bytes) could not be allocated",
     ],
 )
 @pytest.mark.parametrize(("device", "place"), [("cpu", "host"), ("cuda:0", "device")])
@@ -89,8 +93,17 @@ def test_batch_that_does_not_fit_is_noted(report: Report, reason: str, device: s
     assert f"onnxruntime, batch 4: failed: {reason}" in notes
 
 
-def test_batch_that_failed_for_another_reason_fills_nothing(report: Report) -> None:
-    results = swept(report.configurations[0], 100.0, 190.0, "BuildError: the profile ends at 2")
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "BuildError: the profile ends at 2",
+        f"cuda:0: PyTorch 2.9 cannot run the graph: CUDA error: unspecified launch failure; {REMEDY}",
+        "cuda:0: 1.00 GiB asked for, 3.20 of 79.10 GiB are free (cuMemAlloc: CUDA_ERROR_ILLEGAL_ADDRESS); "
+        "a smaller max_batch needs less",
+    ],
+)
+def test_batch_that_failed_for_another_reason_fills_nothing(report: Report, reason: str) -> None:
+    results = swept(report.configurations[0], 100.0, 190.0, reason)
     assert not is_memory_short(results[-1])
     assert not [note for note in notes_of(replace(report, configurations=results)) if "fills" in note]
 

@@ -8,8 +8,11 @@ import pytest
 from benchmarks.contenders import ModelFiles
 from benchmarks.demo_faces import CPU_BACKENDS, OPTIONS, choose_configurations, measure, prepare_bundle
 from benchmarks.models import NeedsEngine
+from restyle_deploy.backends import load_backend
+from restyle_deploy.backends.base import Backend
 from restyle_deploy.bench.report import read_report
 from restyle_deploy.bundle import read_bundle
+from restyle_deploy.errors import BackendUnavailableError
 from tests.bench.made_up import FakeProcesses
 from tests.bundles import add_engine
 
@@ -46,3 +49,15 @@ def test_engines_are_built_into_a_copy_and_measured(tmp_path: Path, monkeypatch:
     plans = {(one.backend, one.precision): one.plan for one in choose_configurations(read_bundle(bundle))}
     assert plans["onnxruntime", "fp32"] == "engine"
     assert plans["openvino", "fp32"] == "plain"
+
+
+def test_backend_that_is_not_installed_keeps_its_row(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Backend:
+        if name == "openvino":
+            raise BackendUnavailableError("no openvino here")
+        return load_backend(name)
+
+    monkeypatch.setattr("benchmarks.demo_faces.load_backend", load)
+    chosen = choose_configurations(read_bundle(toy_bundle))
+    assert [one.backend for one in chosen if one.precision == "fp32"] == list(CPU_BACKENDS)
+    assert [one.precision for one in chosen if one.backend == "openvino"] == ["fp32"]

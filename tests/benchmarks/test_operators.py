@@ -1,12 +1,18 @@
 """Layers of a graph: their products, weights and activations."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
+from benchmarks import operators
 from benchmarks.operators import layers_of
+from restyle_deploy.backends.base import RunnerOptions
+from restyle_deploy.engines import EngineRecord
+from tests.bundles import add_engine
 
 
 @pytest.fixture
@@ -45,3 +51,29 @@ def test_layers_of_a_graph(graph: Path) -> None:
     assert (conv.products, conv.weights, conv.activations) == (5 * 2 * 9 * 64, 90, (2 + 5) * 64)
     assert (up.products, up.weights, up.activations) == (5 * 3 * 4 * 64, 60, 5 * 64 + 3 * 256)
     assert (linear.products, linear.weights, linear.activations) == (24, 24, 10)
+
+
+def test_engines_of_all_precisions_are_profiled(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def profile(engine: EngineRecord, role: str, options: RunnerOptions) -> dict[str, float]:
+        asked.append((engine.precision, role, options.precision))
+        return {"Convolution": 2.0, "Add": 1.0}
+
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    for backend, precision in (("onnxruntime", "fp32"), ("openvino", "bf16"), ("openvino", "mixed")):
+        add_engine(bundle, backend=backend, precision=precision)
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setattr(operators, f"_profile_{name}", profile)
+    monkeypatch.setattr(operators, "_measure_ceiling", lambda options: 1e9)
+    result = CliRunner().invoke(operators.main, [str(bundle)])
+    assert result.exit_code == 0, result.output
+    heads = [line for line in result.output.splitlines() if line.endswith("| ms | share |")]
+    labels = ("onnxruntime fp32", "openvino bf16", "openvino mixed")
+    assert heads == [f"| {label}, 3 ms | ms | share |" for label in labels] * 2
+    assert asked == [
+        *(("fp32", "encoder", "fp32"), ("bf16", "encoder", "bf16"), ("mixed", "encoder", "fp32")),
+        *(("fp32", "generator", "fp32"), ("bf16", "generator", "bf16"), ("mixed", "generator", "bf16")),
+    ]

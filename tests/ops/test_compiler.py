@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -280,4 +281,19 @@ def test_version_of_the_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "cuda.h").write_text("#define CUDA_VERSION 13010\n", encoding="utf-8")
     assert compiler._headers_version() == "13010"
     (tmp_path / "cuda.h").write_text("", encoding="utf-8")
+    assert compiler._headers_version() == str(tmp_path)
+
+
+def test_headers_that_are_reached_by_a_link_are_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "site" / "include").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "site")
+    for site, folder in (("site", "link"), ("link", "site"), ("link", "link")):
+        distribution = SimpleNamespace(version="13.0.96", locate_file=lambda path, site=site: tmp_path / site)
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name, found=distribution: found)
+        monkeypatch.setattr(compiler, "_header_folder", lambda folder=folder: tmp_path / folder / "include")
+        assert compiler._headers_version() == "13.0.96"
+
+
+def test_headers_without_a_version_are_told_by_their_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler, "_header_folder", lambda: tmp_path)
     assert compiler._headers_version() == str(tmp_path)

@@ -17,7 +17,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 from restyle_deploy.errors import BackendUnavailableError
-from restyle_deploy.gpu_kernel_checks import FOUND_ERRORS, SANITIZER_PLACES, SANITIZER_TOOLS, find_sanitizer
+from restyle_deploy.gpu_kernel_checks import (
+    FOUND_ERRORS,
+    SANITIZER_PLACES,
+    SANITIZER_TOOLS,
+    capture_kernels,
+    find_sanitizer,
+)
 from restyle_deploy.ops import cuda_ops
 from restyle_deploy.ops.compiler import check_available
 from restyle_deploy.ops.cuda_launch import run
@@ -144,6 +150,10 @@ def test_a_cuda_graph_captures_it(config: Config | None) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_close(case, y, tensors)
+
+
+def test_the_check_of_doctor_replays_them() -> None:
+    assert capture_kernels().endswith("the same bits")
 
 
 def test_it_runs_on_the_current_stream() -> None:

@@ -26,6 +26,12 @@
   const timeOf = (line, point) =>
     latencyChoice.value === "p95" ? point.p95 : point.median / (latencyChoice.value === "image" ? line.batch : 1);
 
+  /** Return the ends of a point's bar along the times: the median's quartiles, or the p95 and its upper bound. */
+  const barOf = (line, point) => {
+    const ends = latencyChoice.value === "p95" ? [point.p95, point.bound] : point.quartiles;
+    return ends.map((value) => value / (latencyChoice.value === "image" ? line.batch : 1));
+  };
+
   /** Return what is drawn at a point for a shape, about the origin. */
   const shapePath = (shape, r) => {
     const turns = { square: [4, 45, 1.25], diamond: [4, 0, 1.35], triangle: [3, -90, 1.4], down: [3, 90, 1.4] }[shape];
@@ -94,9 +100,7 @@
     const { low, high } = point.quality[name];
     if (low !== null && high !== null)
       svg.append(element("line", { class: "bar", x1: x, x2: x, y1: scales.y.place(low), y2: scales.y.place(high) }));
-    const share = latencyChoice.value === "image" ? line.batch : 1;
-    const ends = latencyChoice.value === "p95" ? [point.p95, point.bound] : point.quartiles;
-    const [first, last] = ends.map((value) => scales.x.place(value / share));
+    const [first, last] = barOf(line, point).map(scales.x.place);
     svg.append(element("line", { class: "bar", x1: first, x2: last, y1: y, y2: y }));
   };
 
@@ -186,7 +190,7 @@
       return;
     }
     const metric = metricNow();
-    const times = points.map(({ line, point }) => timeOf(line, point));
+    const times = points.flatMap(({ line, point }) => [timeOf(line, point), ...barOf(line, point)]);
     const bounds = points
       .map(({ point }) => point.quality[metric.name])
       .flatMap(({ mean, low, high }) => [mean, low ?? mean, high ?? mean]);

@@ -26,7 +26,8 @@ class Metric:
         decimals: that are worth showing.
         higher_is_better: the direction of improvement.
         lowest, highest: the range; `None` where it is unbounded.
-        definition: what is computed, in one sentence.
+        definition: what is computed, in one sentence. Words that may change: whatever is computed otherwise is another
+            metric with another name, as reports are compared by that.
         source: who defined it, and who computes it here.
         depends_on: what its figures depend on besides, as JSON: hashes of models, and what these are given.
     """
