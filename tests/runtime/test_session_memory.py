@@ -225,6 +225,8 @@ def test_idle_memory_is_given_to_results_on_their_way_to_the_host(device: Record
     session, *_ = create_session(device=device, max_batch=4)
     for count in (1, 2, 4):
         session.invert(targets_of(count), steps=12, every_step=True)
+    if image_type == "uint8":  # so that nothing but the pixels' own memory is lacking
+        session.invert(targets_of(4), steps=13, every_step=True)
     device.memory_left = 0
     for _ in range(3):
         result = session.invert(targets_of(4), steps=13, every_step=True, image_type=image_type)
