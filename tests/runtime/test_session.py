@@ -2,6 +2,7 @@
 
 import re
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import BackendUnavailableError, BundleError, ShapeError, VerificationError
+from restyle_deploy.runtime import host_device
 from restyle_deploy.runtime.images import normalize_images, resize_image
 from restyle_deploy.runtime.loop_cache import HOST_BATCHES_KEPT
 from restyle_deploy.runtime.session import LARGEST_VALUE
@@ -257,21 +259,26 @@ def test_closing_twice_is_safe_and_releases_the_graphs() -> None:
     assert not session._execution.loops.batches
 
 
-def test_closing_gives_the_memory_back() -> None:
-    tracemalloc.start()
-    try:
-        session, *runners = create_session()
-        session.invert(targets_of(session, 8), steps=2)
-        session.invert(targets_of(session, 8), steps=3, every_step=True)
-        before = tracemalloc.get_traced_memory()[0]
-        session.close()
-        for runner in runners:
-            runner.bound.clear()
-        freed = before - tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+def test_closing_gives_the_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[tuple[weakref.ref[NDArray[np.uint8]], int]] = []
+    map_memory = host_device._map_memory
+
+    def note(nbytes: int) -> NDArray[np.uint8]:
+        memory = map_memory(nbytes)
+        blocks.append((weakref.ref(memory), nbytes))
+        return memory
+
+    monkeypatch.setattr(host_device, "_map_memory", note)
+    session, *runners = create_session()
+    session.invert(targets_of(session, 8), steps=2)
+    session.invert(targets_of(session, 8), steps=3, every_step=True)
+    held = sum(nbytes for memory, nbytes in blocks if memory() is not None)
     image_bytes = 4 * 3 * 64 * 64
-    assert freed > (8 + 3 * 8) * image_bytes
+    assert held > (8 + 3 * 8) * image_bytes
+    session.close()
+    for runner in runners:
+        runner.bound.clear()
+    assert all(memory() is None for memory, _ in blocks)
 
 
 def test_closed_session_inverts_no_more(toy_bundle: Path) -> None:
