@@ -19,6 +19,8 @@ PRECISIONS = (*UNIFORM_PRECISIONS, MIXED_PRECISION)
 _MIXED: Mapping[str, str] = MappingProxyType(
     {"encoder": EXACT_PRECISION, "target": EXACT_PRECISION, "generator": "bf16", "preview": "bf16"}
 )
+# The graphs that see images; `target` is the part of an encoder that sees only the target.
+ENCODER_ROLES = frozenset({"encoder", "target"})
 # The plugin route of an engine that has none of our kernels.
 WITHOUT_PLUGINS = "functions"
 # Names of `EngineOptions` on a command line.
@@ -73,6 +75,8 @@ class RunnerOptions:
         host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
         plugin_route: how our kernels are in the engine, by its record; None: as the backend would put them into one.
         queue: of the GPU, owned by the session; None on the CPU, and where graphs are built but not run.
+        role: of the graph, as `encoder`; empty where it is none of a bundle's. A backend may compute by it what a shorter
+            precision would spoil.
         is_compiled: whether torch may compile what it runs, which takes minutes; other backends ignore it.
     """
 
@@ -82,11 +86,12 @@ class RunnerOptions:
     host_code_allowed: bool = False
     plugin_route: str | None = None
     queue: Queue | None = None
+    role: str = ""
     is_compiled: bool = False
 
     def for_graph(self, role: str) -> "RunnerOptions":
-        """Return the options of one graph, whose precision is one of `UNIFORM_PRECISIONS`."""
-        return replace(self, precision=precision_of_graph(self.precision, role))
+        """Return the options of one graph, with its role, whose precision is one of `UNIFORM_PRECISIONS`."""
+        return replace(self, role=role, precision=precision_of_graph(self.precision, role))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from openvino.frontend.onnx import ConversionExtension
 
 from restyle_deploy.backends.base import (
     DEFAULT_REQUEST,
+    ENCODER_ROLES,
     EXACT_PRECISION,
     MIXED_PRECISION,
     BuildRequest,
@@ -31,6 +32,7 @@ from restyle_deploy.backends.cpu import host_arrays
 from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
 from restyle_deploy.backends.cpu import processors as processors
 from restyle_deploy.backends.openvino_nodes import CONVERSIONS
+from restyle_deploy.backends.openvino_rounding import refine_encoder
 from restyle_deploy.device_array import Array
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.ops.onnx_functions import DOMAIN
@@ -98,7 +100,7 @@ def build(
     1.5 ×) and a copy of each output, as OpenVINO then allocates them itself: build graphs of one image.
     """
     check_options(options)
-    model = _read_graph(graph)
+    model = _read_graph(graph, options)
     exported = io.BytesIO()
     with _refusal(graph):
         ov.Core().compile_model(model, _DEVICE, create_settings(options)).export_model(exported)
@@ -118,7 +120,7 @@ def load(
     if file.suffix == ENGINE_SUFFIX:
         engine = _Engine(file, options)
         return OpenVinoRunner(lambda batch: engine.create_request(), inputs, outputs)
-    model = _read_graph(file)
+    model = _read_graph(file, options)
 
     @lru_cache(maxsize=_BATCHES_KEPT)
     def compile_for(batch: int) -> ov.CompiledModel:
@@ -210,7 +212,7 @@ def create_settings(options: RunnerOptions) -> dict[str, Any]:
     return settings
 
 
-def _read_graph(path: Path) -> ov.Model:
+def _read_graph(path: Path, options: RunnerOptions) -> ov.Model:
     """Convert an ONNX file, custom nodes too: OpenVINO does not read the functions that the file has for them."""
     frontend = FrontEndManager().load_by_framework("onnx")
     for name, convert in CONVERSIONS.items():
@@ -220,6 +222,8 @@ def _read_graph(path: Path) -> ov.Model:
             raise ValueError("it is no ONNX file")
         model = frontend.convert(frontend.load(str(path)))
     _keep_constants_small(model)
+    if options.precision != EXACT_PRECISION and options.role in ENCODER_ROLES:
+        refine_encoder(model)
     return model
 
 
