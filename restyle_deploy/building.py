@@ -24,13 +24,13 @@ from restyle_deploy.backends.base import (
     EngineOptions,
     RunnerOptions,
 )
-from restyle_deploy.backends.cuda_devices import find_devices, find_name
 from restyle_deploy.bundle import Bundle, GraphRecord
 from restyle_deploy.engine_graphs import digest_of_graph, graphs_by_role, needs_epilogues, save_graph
 from restyle_deploy.engines import ENGINES
 from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, find_sites
 from restyle_deploy.planner import Clock, choose, measure_sites, measure_whole, specs_of
 from restyle_deploy.processor import usable_cores
+from restyle_deploy.runtime.device import find_devices, find_name
 from restyle_deploy.tuning import Conditions, KeptTimes, Times
 
 LOGGER = logging.getLogger(__name__)

@@ -9,7 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from restyle_deploy.cuda_driver import LEGACY_STREAM, current_context, order_streams, primary_context
+from restyle_deploy.runtime.device import (
+    LEGACY_STREAM,
+    current_context,
+    export_dlpack,
+    order_streams,
+    primary_context,
+)
 
 # Of DLPack's `DLDeviceType`.
 DLPACK_CUDA = 2
@@ -134,15 +140,12 @@ class DeviceArray:
             )
         if stream == 0:
             raise ValueError("stream is 0, which DLPack does not allow on CUDA; 1 is the legacy default stream")
-        from cuda.core import Buffer
-        from cuda.core.utils import StridedMemoryView
-
         if stream != NO_ORDER:
             self.hold(LEGACY_STREAM if stream is None else stream)
         with current_context(primary_context(self.device_index)):
-            buffer = Buffer.from_handle(self.address, self.nbytes, owner=self)
-            view = StridedMemoryView.from_buffer(buffer, shape=self.shape, dtype=self.dtype)
-            return view.__dlpack__(max_version=max_version)
+            return export_dlpack(
+                self.address, self.shape, self.dtype, nbytes=self.nbytes, owner=self, max_version=max_version
+            )
 
 
 Array = NDArray[Any] | DeviceArray

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restyle_deploy import __version__
-from restyle_deploy.backends.cuda_devices import find_devices, find_processor
 from restyle_deploy.bench.environment import installed_versions
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.gpu_engine_checks import check_engines
@@ -20,7 +19,7 @@ from restyle_deploy.gpu_kernel_checks import (
 )
 from restyle_deploy.gpu_loop_checks import LOOP_BACKENDS, check_images, check_loop, check_memory
 from restyle_deploy.gpu_outcomes import Outcome, outcome_of
-from restyle_deploy.ops.cuda_versions import driver_version
+from restyle_deploy.runtime.device import driver_version, find_devices, find_name, find_processor
 
 # Distributions whose versions a result depends on.
 PACKAGES = ("cuda-core", "nvidia-cuda-nvrtc", "onnxruntime-gpu", "pillow", "tensorrt", "tensorrt-rtx", "torch")
@@ -122,8 +121,6 @@ def _find_gpu() -> Gpu:
     devices, reason = find_devices()
     if not devices:
         raise BackendUnavailableError(f"no NVIDIA GPU can be used here: {reason}")
-    from cuda.core import Device
-
     version = driver_version()
     assert version is not None  # there are devices
-    return Gpu(name=Device(0).name, arch=find_processor(devices[0]), driver=".".join(map(str, version)))
+    return Gpu(name=find_name(devices[0]), arch=find_processor(devices[0]), driver=".".join(map(str, version)))

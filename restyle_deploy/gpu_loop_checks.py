@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from restyle_deploy.backends.cuda_devices import index_of
 from restyle_deploy.bundle import read_bundle
-from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.errors import BackendUnavailableError, VerificationError
 from restyle_deploy.gpu_outcomes import join_outcomes, outcome_of
 from restyle_deploy.gpu_trial import STEPS, DeviceArrays, Images, Trial
 from restyle_deploy.runtime.deployment import Deployment
+from restyle_deploy.runtime.device import current_context, free_memory, index_of, primary_context
 from restyle_deploy.runtime.images import normalize_images, resize_image
 from restyle_deploy.runtime.opening import open_device
 from restyle_deploy.runtime.results import Inversion, InversionResult
@@ -138,8 +137,8 @@ def free_bytes(device: str) -> int:
         DeviceError: the driver refuses.
     """
     with current_context(primary_context(index_of(device))):
-        free, _ = call("cuMemGetInfo")
-    return int(free)
+        free, _ = free_memory()
+    return free
 
 
 def _check_device_images(trial: Trial, images: Images) -> str:

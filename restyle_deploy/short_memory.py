@@ -2,7 +2,7 @@
 
 import re
 
-# Not the advice of `cuda_driver.REMEDY`, which stands behind other failures of a GPU too.
+# Not the advice of `runtime.device.REMEDY`, which stands behind other failures of a GPU too.
 _TELLING = re.compile(
     r"more memory than there is|out.?of.?memory|not enough (free )?memory|bad.?alloc|STATUS_ALLOC_FAILED|"
     r"allocate memory|memory.{0,40} could not be allocated",

@@ -190,7 +190,7 @@ def test_memory_that_does_not_come_back_fails(toy_bundle: Path, monkeypatch: pyt
 def test_free_memory_is_the_drivers(host_driver: HostDriver) -> None:
     output = host_driver.run(
         "from restyle_deploy.gpu_loop_checks import free_bytes\n"
-        "from restyle_deploy.runtime.device import open_device\n"
+        "from restyle_deploy.runtime.cuda_device import open_device\n"
         "before = free_bytes('cuda:0')\n"
         "block = open_device('cuda:0').allocate(2**24)\n"
         "print(before - free_bytes('cuda:0'))"

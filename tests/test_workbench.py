@@ -74,7 +74,7 @@ import sys
 import numpy as np
 from cuda.bindings import driver
 from restyle_deploy.backends.base import RunnerOptions
-from restyle_deploy.cuda_driver import call
+from restyle_deploy.runtime.device import call
 from restyle_deploy.tensors import TensorSpec
 from restyle_deploy.workbench import Workbench
 

@@ -75,8 +75,8 @@ class RunnerOptions:
         host_code_allowed: whether an engine may bring code of its own for the host, as version-compatible ones do.
         plugin_route: how our kernels are in the engine, by its record; None: as the backend would put them into one.
         queue: of the GPU, owned by the session; None on the CPU, and where graphs are built but not run.
-        role: of the graph, as `encoder`; empty where it is none of a bundle's. A backend may compute by it what a shorter
-            precision would spoil.
+        role: of the graph, as `encoder`; empty where it is none of a bundle's. What a shorter precision would spoil a
+            backend may compute by it in another way.
         is_compiled: whether torch may compile what it runs, which takes minutes; other backends ignore it.
     """
 

@@ -1,41 +1,12 @@
-"""The GPUs of this machine, as backends name them. Without a driver, or cuda-core, there is none."""
+"""What backends on a GPU share: the current device, the queue, their arrays, and what they say when it refuses."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from restyle_deploy.backends.base import Queue, RunnerOptions
-from restyle_deploy.cuda_driver import REMEDY, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import DeviceError
-
-
-def find_devices() -> tuple[tuple[str, ...], str]:
-    """Return the GPUs, `cuda:0` and so on, and why there is none where there is none."""
-    try:
-        from cuda.core import Device
-    except ModuleNotFoundError as error:
-        return (), f"{error.name} is not installed; run: pip install 'restyle-deploy[cuda]'"
-    try:
-        count = len(Device.get_all_devices())
-    except Exception as error:  # cuda-core's exceptions for a missing or failing driver have no common base
-        if type(error).__name__ == "DynamicLibNotFoundError":
-            return (), "there is no NVIDIA driver"
-        return (), str(error).partition("\n")[0] or type(error).__name__
-    return tuple(f"cuda:{index}" for index in range(count)), "" if count else "the driver lists no GPU"
-
-
-def find_processor(device: str) -> str:
-    """Return the compute capability of one of the devices, "sm_89" style."""
-    from cuda.core import Device
-
-    return f"sm_{Device(index_of(device)).arch}"
-
-
-def find_name(device: str) -> str:
-    """Return the name of one of the devices, such as "NVIDIA L4"."""
-    from cuda.core import Device
-
-    return str(Device(index_of(device)).name)
+from restyle_deploy.runtime.device import REMEDY, current_context, index_of, primary_context
 
 
 def current_device(device: str) -> AbstractContextManager[None]:
@@ -44,11 +15,6 @@ def current_device(device: str) -> AbstractContextManager[None]:
     What TensorRT creates, measures and loads meanwhile is for that device.
     """
     return current_context(primary_context(index_of(device)))
-
-
-def index_of(device: str) -> int:
-    """Return the number in `cuda:0`."""
-    return int(device.partition(":")[2])
 
 
 def queue_of(options: RunnerOptions) -> Queue:
@@ -60,7 +26,7 @@ def queue_of(options: RunnerOptions) -> Queue:
     if options.queue is None:
         raise ValueError(
             f"a graph on {options.device} runs in the queue of an opened device, and RunnerOptions.queue is None; "
-            f"open one: restyle_deploy.runtime.device.open_device({options.device!r})"
+            f"open one: restyle_deploy.runtime.opening.open_device({options.device!r})"
         )
     return options.queue
 
@@ -75,21 +41,6 @@ def device_error(subject: str, error: BaseException | str, *, what: str = "run t
     """
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return DeviceError(f"{subject} cannot {what}: {reason.rstrip('.')}; {REMEDY}")
-
-
-def end_capture(stream: int) -> None:
-    """End a capture of a stream that a library has begun and not finished; nothing happens where there is none.
-
-    Args:
-        stream: a `CUstream` as a number.
-    """
-    from cuda.bindings import driver
-
-    error, status = driver.cuStreamIsCapturing(stream)
-    if error == driver.CUresult.CUDA_SUCCESS and status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-        _, graph = driver.cuStreamEndCapture(stream)  # an error where the capture is invalid, which then has no graph
-        if graph is not None and int(graph):
-            driver.cuGraphDestroy(graph)
 
 
 def device_arrays(buffers: Mapping[str, Array], device: str) -> dict[str, DeviceArray]:

@@ -22,9 +22,10 @@ from restyle_deploy.backends.base import (
 )
 from restyle_deploy.backends.cpu import check_graph as check_graph
 from restyle_deploy.backends.cpu import plugin_hash as plugin_hash
-from restyle_deploy.backends.cuda_devices import find_processor, queue_of
+from restyle_deploy.backends.cuda_devices import queue_of
 from restyle_deploy.device_array import Array
 from restyle_deploy.errors import BackendUnavailableError, BuildError, RestyleDeployError
+from restyle_deploy.runtime.device import find_processor
 from restyle_deploy.tensors import TensorSpec
 
 ENGINE_OPTIONS: frozenset[str] = frozenset()

@@ -20,14 +20,17 @@ from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
 from restyle_deploy.backends.cuda_devices import (
     device_arrays,
     device_error,
+)
+from restyle_deploy.device_array import Array, DeviceArray
+from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.runtime.device import (
+    current_context,
     end_capture,
     find_devices,
     find_processor,
     index_of,
+    primary_context,
 )
-from restyle_deploy.cuda_driver import current_context, primary_context
-from restyle_deploy.device_array import Array, DeviceArray
-from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.tensors import TensorSpec
 
 LOGGER = logging.getLogger(__name__)

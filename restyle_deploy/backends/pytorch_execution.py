@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from restyle_deploy.backends.base import Queue, RunnerOptions
 from restyle_deploy.backends.cpu import host_arrays
-from restyle_deploy.backends.cuda_devices import device_arrays, device_error, index_of, queue_of
+from restyle_deploy.backends.cuda_devices import device_arrays, device_error, queue_of
 from restyle_deploy.device_array import Array, DeviceArray
+from restyle_deploy.runtime.device import index_of
 
 _DEVICE_ERRORS = tuple(
     kind for kind in (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", None)) if kind is not None

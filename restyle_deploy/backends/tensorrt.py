@@ -23,7 +23,7 @@ from restyle_deploy.backends.base import (
     RunnerOptions,
     refuse_engine_options,
 )
-from restyle_deploy.backends.cuda_devices import current_device, find_devices, find_name, find_processor, queue_of
+from restyle_deploy.backends.cuda_devices import current_device, queue_of
 from restyle_deploy.backends.tensorrt_library import (
     AMPERE,
     AMPERE_AND_NEWER,
@@ -42,6 +42,7 @@ from restyle_deploy.backends.tensorrt_library import (
 )
 from restyle_deploy.engines import join_processors
 from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.runtime.device import find_devices, find_name, find_processor
 from restyle_deploy.tensors import TensorSpec
 
 LOGGER = logging.getLogger(__name__)

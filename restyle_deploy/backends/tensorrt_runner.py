@@ -7,12 +7,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
-from restyle_deploy.backends.cuda_devices import device_arrays, device_error, index_of
+from restyle_deploy.backends.cuda_devices import device_arrays, device_error
 from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
-from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BuildError, ShapeError
 from restyle_deploy.files import replace_when_complete
+from restyle_deploy.runtime.device import current_context, index_of, primary_context, synchronize_stream
 from restyle_deploy.tensors import TensorSpec
 
 LOGGER = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class TensorRtRunner:
             return
         settings, self._settings = self._settings, None  # whatever fails below, it is closed
         with current_context(self._cuda):
-            call("cuStreamSynchronize", self._queue.stream)
+            synchronize_stream(self._queue.stream)
             settings.save()
             del settings  # the engine goes while its device is current
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.runtime.device import find_bus_address
 
 # What holds the clocks back, by the name of NVML's bit: nvml.h, nvmlClocksEventReasons.
 LIMITS = {
@@ -215,11 +216,9 @@ def _find_handle(nvml: ModuleType, index: int) -> Any:
 def _bus_address(index: int) -> str | None:
     """Return where CUDA's GPU is on the bus; None where cuda-core is not installed or sees no GPU."""
     try:
-        from cuda.core import Device
+        return find_bus_address(f"cuda:{index}")
     except ModuleNotFoundError:
         return None
-    try:
-        return str(Device(index).pci_bus_id)
     except Exception as error:  # CUDA's own classes: no driver, or no such GPU
         _logger.debug("CUDA has no GPU %d: %s", index, error)
         return None

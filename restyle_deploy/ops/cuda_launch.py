@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from restyle_deploy.cuda_driver import current_context, primary_context
 from restyle_deploy.ops.kernels.launches import Launch
 from restyle_deploy.ops.launching import enqueue
+from restyle_deploy.runtime.device import current_context, primary_context
 
 
 def run(launch: Launch, inputs: Sequence[Tensor | None], y: Tensor) -> None:

@@ -6,6 +6,7 @@ A driver takes cubins of any compiler of its major version, but PTX of none that
 from typing import TypeAlias
 
 from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.runtime.device import driver_version
 
 Version: TypeAlias = tuple[int, int]
 
@@ -33,19 +34,6 @@ def compiler_version() -> Version:
     except DynamicLibNotFoundError as error:
         raise BackendUnavailableError(NEEDED.format("nvidia-cuda-nvrtc")) from error
     return major, minor
-
-
-def driver_version() -> Version | None:
-    """Return the newest CUDA version that the driver knows; None where there is no driver, or no cuda-bindings."""
-    try:
-        from cuda.bindings import driver
-    except ModuleNotFoundError:
-        return None
-    try:
-        status, number = driver.cuDriverGetVersion()
-    except RuntimeError:  # of cuda-bindings, where it finds no driver
-        return None
-    return (number // 1000, number % 1000 // 10) if int(status) == 0 else None
 
 
 def ptx_refusal() -> str:

@@ -1,309 +1,214 @@
-"""A GPU as a `Device`: memory, and one stream of work. Only this and the files that it uses talk to CUDA."""
+"""All that talks to CUDA: contexts, memory, streams, events, graphs, kernels, and arrays of other libraries.
+
+cuda-core owns streams, launches kernels, and reads and writes DLPack. It has no plain allocations and no external
+events of a capture, and the names of its graphs and errors move between versions: for these there is the driver's own
+interface in cuda-bindings. Both are imported when they are first needed, by this file alone (`ops.compiler` asks NVRTC,
+which needs no device). It imports nothing of the package but errors, so that kernels and backends may use it too.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from restyle_deploy.cuda_driver import (
-    REMEDY,
-    call,
-    check_stream,
-    current_context,
-    order_streams,
-    primary_context,
-    unaffected_by_captures,
-)
-from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BackendUnavailableError, DeviceError
-from restyle_deploy.ops.cuda_versions import NEEDED, driver_version
-from restyle_deploy.ops.kernels.image_launches import launch_pixels_from_images, launch_prepare_images
-from restyle_deploy.ops.launching import enqueue as enqueue_kernel
-from restyle_deploy.runtime.base import Block, Device, Replay
-from restyle_deploy.runtime.cuda_objects import CudaBlock, CudaEvent, CudaReplay, graph_of
-from restyle_deploy.runtime.external_arrays import view_external
 
-GIBIBYTE = 2**30
+if TYPE_CHECKING:
+    from restyle_deploy.runtime.base import Event
+
+# What mends most failures of work on a GPU; an error of a kernel stays with the process's context.
+REMEDY = "where memory lacks, a smaller max_batch needs less; after a failed launch, begin a new process"
+# Of both protocols: what consumers that name no stream use.
+LEGACY_STREAM = 1
+# Handles that mean a default stream: the legacy one by its two, and that of each thread.
+DEFAULT_STREAMS = (0, 1, 2)
+NEEDED = "CUDA needs {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
 
 
-def open_device(name: str) -> Device:
-    """Open the host or a GPU; the caller closes it.
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of the driver and return what it gives beside its status: None, a value, or a tuple of them.
 
     Args:
-        name: `cpu`, or `cuda:0` and so on.
+        function: its name without version suffix.
+        arguments: as cuda-bindings takes them; handles are whole numbers or its own objects.
     Raises:
-        BackendUnavailableError: there is no such GPU, no driver, or no cuda-core.
-        ValueError: no such name.
+        DeviceError: the driver refuses, or work that was enqueued before has failed.
     """
-    from restyle_deploy.runtime.host_device import HostDevice
-
-    if name == HostDevice.name:
-        return HostDevice()
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not index.isdecimal():
-        raise ValueError(f"unknown device {name!r}, expected cpu, or cuda:0, cuda:1 and so on")
-    return CudaDevice(int(index))
+    status, *values = getattr(driver(), function)(*arguments)
+    if int(status) != 0:
+        raise DeviceError(f"{function}: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values) or None
 
 
-class CudaDevice:
-    """A GPU and one stream on it; satisfies `Device`. What it is told it enqueues, unless it says that it waits.
+@functools.cache
+def driver() -> Any:
+    """Return the module of cuda-bindings."""
+    from cuda.bindings import driver as module
 
-    One thread at a time calls it, which the session's lock sees to; what it hands out, any thread. The calling thread's
-    own device is current again after each call.
+    return module
 
-    Attributes:
-        name: `cuda:0` and so on.
-        stream: the `CUstream` as a number; valid as long as anything refers to this object, closed or not.
-        is_host: False.
+
+@functools.cache
+def primary_context(device_index: int) -> int:
+    """Return the context that all libraries of the process share on a device; kept until the process ends.
+
+    Raises:
+        DeviceError: the driver refuses.
+    """
+    call("cuInit", 0)
+    return int(call("cuDevicePrimaryCtxRetain", device_index))
+
+
+class current_context:  # noqa: N801  used like a function, and a generator would cost each call a microsecond more
+    """Makes a context the calling thread's while a `with` lasts; a caller's own device is current again afterwards."""
+
+    def __init__(self, context: int) -> None:
+        self._context = context
+        self._is_pushed = False
+
+    def __enter__(self) -> None:
+        if int(call("cuCtxGetCurrent")) != self._context:
+            call("cuCtxPushCurrent", self._context)
+            self._is_pushed = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_pushed:
+            self._is_pushed = False
+            call("cuCtxPopCurrent")
+
+
+class unaffected_by_captures:  # noqa: N801  as above
+    """Lets the calling thread wait, ask, allocate and free while a `with` lasts, whatever is captured elsewhere.
+
+    While any thread captures a stream in the mode "global", as ONNX Runtime and `torch.cuda.graph` do, the driver
+    refuses such calls of all threads, and spoils that capture. Ours are no part of it.
     """
 
-    is_host = False
+    def __enter__(self) -> None:
+        relaxed = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._former = call("cuThreadExchangeStreamCaptureMode", relaxed)
 
-    def __init__(self, index: int) -> None:
-        """Open a GPU.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        call("cuThreadExchangeStreamCaptureMode", self._former)
 
-        Args:
-            index: as in `cuda:0`.
-        Raises:
-            BackendUnavailableError: there is no such GPU, no driver, or no cuda-core.
-            DeviceError: the GPU refuses a context, as when its memory is full or it is another process's alone.
-        """
-        _check_gpu(index)
-        from cuda.core import Device as Gpu
 
-        self.name, self._index = f"cuda:{index}", index
-        self._context = primary_context(index)
-        with current_context(self._context), unaffected_by_captures(), _cuda_core_errors(self.name):
-            gpu = Gpu(index)
-            gpu.set_current()
-            self._stream = gpu.create_stream()  # one that does not wait for the legacy default stream
-        self.stream = int(self._stream.handle)
-        self._is_capturing = self._is_closed = False
-        self._scratch_bytes = 0
-        self._scratch: CudaBlock | None = None
-        self._released: deque[CudaBlock] = deque()  # during a capture, perhaps by other threads
+def check_stream(stream: int, *, context: int) -> None:
+    """Refuse a stream of another device or context, or one that the driver does not know.
 
-    def allocate(self, nbytes: int) -> CudaBlock:
-        """Allocate memory of the device; see `Device.allocate`.
-
-        By a plain allocation, not from a stream-ordered pool: one made while the stream is captured would become a node
-        of the graph, with the graph's lifetime; and the device's pool, as cuda-core sets it, keeps what it is given
-        back, where other libraries cannot get at it. A plain one is ours at once, for as long as graphs hold its
-        address, and goes back to the driver when it is closed. It is slow, but done when a session is opened.
-        """
-        self._check_open()
-        with current_context(self._context), unaffected_by_captures():
-            try:
-                address = int(call("cuMemAlloc", nbytes))
-            except DeviceError as error:
-                free, total = call("cuMemGetInfo")
-                raise DeviceError(
-                    f"{self.name}: {nbytes / GIBIBYTE:.2f} GiB asked for, {int(free) / GIBIBYTE:.2f} of "
-                    f"{int(total) / GIBIBYTE:.2f} GiB are free ({error}); a smaller max_batch needs less"
-                ) from error
-        return CudaBlock(address, nbytes, is_pinned=False, release=self._release)
-
-    def allocate_host(self, nbytes: int) -> CudaBlock:
-        """Allocate pinned memory; see `Device.allocate_host`. Raises `DeviceError` with what was asked for."""
-        self._check_open()
-        with current_context(self._context), unaffected_by_captures():
-            try:
-                address = int(call("cuMemAllocHost", nbytes))
-            except DeviceError as error:
-                raise DeviceError(
-                    f"{nbytes / GIBIBYTE:.2f} GiB of pinned host memory asked for: {error}; "
-                    "a smaller max_batch needs less"
-                ) from error
-        return CudaBlock(address, nbytes, is_pinned=True, release=self._release)
-
-    def array(self, block: Block, offset: int, shape: tuple[int, ...], dtype: str) -> Array:
-        """Return a view of a block; see `Device.array`. It does not keep the block, but the stream."""
-        memory, kind = cast(CudaBlock, block), np.dtype(dtype)
-        nbytes = math.prod(shape) * kind.itemsize
-        assert memory.is_open, "the block is closed"
-        assert 0 <= offset <= memory.nbytes - nbytes, f"{nbytes} bytes at {offset} of a block of {memory.nbytes}"
-        if memory.is_pinned:
-            pinned = (ctypes.c_uint8 * nbytes).from_address(memory.address + offset)
-            return np.ctypeslib.as_array(pinned).view(kind).reshape(shape)
-        return DeviceArray(
-            address=memory.address + offset,
-            shape=shape,
-            dtype=kind,
-            device_index=self._index,
-            stream=self.stream,
-            owner=self,
+    Args:
+        stream: a caller's, as a number; 0 to 2 are the default streams.
+        context: of the device.
+    Raises:
+        ValueError: it is refused. (Of a number that never was a stream, the driver need not notice.)
+    """
+    if stream in DEFAULT_STREAMS:
+        return
+    try:
+        found = int(call("cuStreamGetCtx", stream))
+    except DeviceError as error:
+        raise ValueError(
+            f"stream: {stream:#x} is no stream of the driver ({error}); pass its handle, with torch "
+            "torch.cuda.current_stream().cuda_stream"
+        ) from error
+    if found != context:
+        raise ValueError(
+            f"stream: {stream:#x} is of another GPU than the session's, or of another context than the one that "
+            "libraries share on it; make the stream on the session's GPU, with PyCUDA after import "
+            "pycuda.autoprimaryctx"
         )
 
-    def copy(self, destination: Array, source: Array) -> None:
-        """Enqueue a copy; see `Device.copy`. With host memory that is not pinned the calling thread would wait."""
-        assert destination.nbytes == source.nbytes, f"{source.nbytes} bytes into {destination.nbytes}"
-        with current_context(self._context):
-            call("cuMemcpyAsync", _address_of(destination), _address_of(source), source.nbytes, self.stream)
 
-    def prepare_images(self, source: Array, target: Array) -> None:
-        """Enqueue the resize and normalisation; see `Device.prepare_images`.
+def order_streams(first: int, later: int, *, context: int) -> None:
+    """Let later work of one stream wait for all that is in another one now; the host waits for nothing.
 
-        The first call compiles the kernels, or takes them from the cache.
-
-        Raises:
-            ValueError: shapes that do not go together.
-            BackendUnavailableError, BuildError: see `ops.compiler.compile_kernels`.
-            DeviceError: the driver refuses the launch, or work before it failed.
-        """
-        if source.dtype == np.float32:
-            self.copy(target, source)
-            return
-        launch = launch_prepare_images(source.shape, target.shape, pillow=_pillow_version())
-        with current_context(self._context), _cuda_core_errors(self.name):
-            enqueue_kernel(launch, [_address_of(source)], _address_of(target), stream=self.stream)
-
-    def pixels_from_images(self, images: Array, pixels: Array) -> None:
-        """Enqueue the conversion; see `Device.pixels_from_images`. NaN becomes 0. Raises as `prepare_images`."""
-        assert images.nbytes == 4 * pixels.nbytes, f"{list(images.shape)} into {list(pixels.shape)}"
-        launch = launch_pixels_from_images(images.shape)
-        with current_context(self._context), _cuda_core_errors(self.name):
-            enqueue_kernel(launch, [_address_of(images)], _address_of(pixels), stream=self.stream)
-
-    def record(self, *, timing: bool = False) -> CudaEvent:
-        """Put a mark into the queue; in a capture, one that each replay reaches anew."""
-        with current_context(self._context):
-            return CudaEvent(self.stream, context=self._context, timing=timing, is_capturing=self._is_capturing)
-
-    def check_stream(self, stream: int) -> None:
-        """Refuse what is no stream of this GPU; see `Device.check_stream`."""
-        check_stream(stream, context=self._context)
-
-    def wait_for_stream(self, stream: int) -> None:
-        """Let later work wait for another stream; 0 and 1 are the legacy default stream. See `Device`."""
-        order_streams(stream, self.stream, context=self._context)
-
-    def hold_stream(self, stream: int) -> None:
-        """Let another stream wait for the work so far; 0 and 1 are the legacy default stream. See `Device`."""
-        order_streams(self.stream, stream, context=self._context)
-
-    def capture(self, enqueue: Callable[[], None]) -> Replay:
-        """Record what `enqueue` enqueues as a CUDA graph; see `Device.capture`.
-
-        Other threads may load modules, allocate, wait for streams of theirs and capture meanwhile, and `enqueue` may
-        load and allocate: these calls are no part of the graph. `enqueue` must not wait for the stream, and nobody for
-        the whole device (`torch.cuda.synchronize`), which the driver refuses while anything is captured.
-
-        Raises:
-            DeviceError: `enqueue` failed, which its cause tells, or did what a graph cannot hold.
-        """
-        self._check_open()
-        with current_context(self._context), unaffected_by_captures():
-            self._is_capturing = True
-            try:
-                executable = graph_of(enqueue, self.stream)
-            except DeviceError as error:
-                raise DeviceError(f"{self.name}: {error}") from error.__cause__
-            finally:
-                self._is_capturing = False
-                self._release_what_came()
-        return CudaReplay(executable, stream=self.stream, context=self._context, synchronize=self.synchronize)
-
-    def unaffected_by_captures(self) -> AbstractContextManager[None]:
-        """See `Device.unaffected_by_captures`; libraries load and allocate when a graph is bound or runs first."""
-        return unaffected_by_captures()
-
-    def external_array(self, source: Any, *, stream: int | None = None) -> DeviceArray | None:
-        """Return a view of a caller's array on this GPU; see `Device.external_array`.
-
-        Args:
-            source: anything.
-            stream: one whose work is waited for, beside what the array's protocol says.
-        Raises:
-            ValueError: the array is on another GPU, or in memory of another context.
-            TypeError: it is not contiguous, or cannot be exported.
-            DeviceError: the driver refuses, or work before failed.
-        """
-        with current_context(self._context), _cuda_core_errors(self.name):
-            array = view_external(source, device_index=self._index, stream=self.stream)
-        if array is not None and stream is not None:
-            self.wait_for_stream(stream)
-        return array
-
-    def reserve_scratch(self, nbytes: int) -> None:
-        """Ask for working memory; see `Device.reserve_scratch`.
-
-        Raises:
-            DeviceError: it is allocated already, and smaller.
-        """
-        if self._scratch is not None and nbytes > self._scratch.nbytes:
-            raise DeviceError(
-                f"{self.name}: {nbytes} bytes of working memory asked for, and the graphs are bound to "
-                f"{self._scratch.nbytes}; all graphs of a session are loaded before the first one is bound"
-            )
-        self._scratch_bytes = max(self._scratch_bytes, nbytes)
-
-    def scratch_address(self) -> int:
-        """Return the address of the working memory; 0 where none was asked for. See `Device.scratch_address`."""
-        if self._scratch is None and self._scratch_bytes:
-            self._scratch = self.allocate(self._scratch_bytes)
-        return 0 if self._scratch is None else self._scratch.address
-
-    def synchronize(self) -> None:
-        """Let the calling thread wait until the queue is empty. Raises `DeviceError` if work failed."""
-        with current_context(self._context), unaffected_by_captures():
-            call("cuStreamSynchronize", self.stream)
-
-    def close(self) -> None:
-        """Wait, then release the working memory; safe to call twice.
-
-        The stream goes with the last array that names it, and kernels stay loaded for the process's next session.
-
-        Raises:
-            DeviceError: work failed.
-        """
-        if self._is_closed:
-            return
-        self._is_closed = True
-        with ExitStack() as closing:  # all of it, though a device that has failed refuses each
-            if self._scratch is not None:
-                closing.callback(self._scratch.close)
-            closing.callback(self._release_what_came)  # a block may have come when a capture had just ended
-            self.synchronize()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError(f"the device {self.name} is closed")
-
-    def _release_what_came(self) -> None:
-        while self._released:
-            self._release(self._released.popleft())
-
-    def _release(self, block: CudaBlock) -> None:
-        if self._is_capturing:  # a collected result's, perhaps: waiting now would spoil the capture
-            self._released.append(block)
-            return
-        with current_context(self._context), unaffected_by_captures():
-            try:
-                call("cuStreamSynchronize", self.stream)
-            finally:
-                call("cuMemFreeHost" if block.is_pinned else "cuMemFree", block.address)
+    Args:
+        first, later: streams as numbers, of one device; 0 and 1 are the legacy default stream.
+        context: of the device.
+    Raises:
+        DeviceError: there is no such stream.
+    """
+    first, later = first or LEGACY_STREAM, later or LEGACY_STREAM
+    if first == later:
+        return
+    with current_context(context):
+        event = call("cuEventCreate", int(driver().CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        try:
+            call("cuEventRecord", event, first)
+            call("cuStreamWaitEvent", later, event, 0)
+        finally:
+            call("cuEventDestroy", event)  # the wait stays: the driver keeps what it needs of the event
 
 
-@contextmanager
-def _cuda_core_errors(name: str) -> Iterator[None]:
-    """Turn what cuda-core raises of the driver, which is its own, into a `DeviceError`."""
+def find_devices() -> tuple[tuple[str, ...], str]:
+    """Return the GPUs, `cuda:0` and so on, and why there is none where there is none."""
     try:
-        yield
-    except Exception as error:
-        if type(error).__name__ != "CUDAError":  # in a private module, which moves between versions
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise DeviceError(f"{name}: the driver refuses: {reason}; {REMEDY}") from error
+        from cuda.core import Device
+    except ModuleNotFoundError as error:
+        return (), f"{error.name} is not installed; run: pip install 'restyle-deploy[cuda]'"
+    try:
+        count = len(Device.get_all_devices())
+    except Exception as error:  # cuda-core's exceptions for a missing or failing driver have no common base
+        if type(error).__name__ == "DynamicLibNotFoundError":
+            return (), "there is no NVIDIA driver"
+        return (), str(error).partition("\n")[0] or type(error).__name__
+    return tuple(f"cuda:{index}" for index in range(count)), "" if count else "the driver lists no GPU"
 
 
-def _check_gpu(index: int) -> None:
+def find_processor(device: str) -> str:
+    """Return the compute capability of one of the devices, "sm_89" style."""
+    from cuda.core import Device
+
+    return f"sm_{Device(index_of(device)).arch}"
+
+
+def find_name(device: str) -> str:
+    """Return the name of one of the devices, such as "NVIDIA L4"."""
+    from cuda.core import Device
+
+    return str(Device(index_of(device)).name)
+
+
+def find_bus_address(device: str) -> str:
+    """Return where one of the devices is on the bus.
+
+    Raises:
+        ModuleNotFoundError: cuda-core is not installed.
+        Exception: of cuda-core's classes: no driver, or no such GPU.
+    """
+    from cuda.core import Device
+
+    return str(Device(index_of(device)).pci_bus_id)
+
+
+def index_of(device: str) -> int:
+    """Return the number in `cuda:0`."""
+    return int(device.partition(":")[2])
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Return the newest CUDA version that the driver knows; None where there is no driver, or no cuda-bindings."""
+    try:
+        from cuda.bindings import driver as module
+    except ModuleNotFoundError:
+        return None
+    try:
+        status, number = module.cuDriverGetVersion()
+    except RuntimeError:  # of cuda-bindings, where it finds no driver
+        return None
+    return (number // 1000, number % 1000 // 10) if int(status) == 0 else None
+
+
+def check_gpu(index: int) -> None:
     """Raise `BackendUnavailableError` unless there are cuda-core, a driver and this GPU."""
     try:
         import cuda.core  # noqa: F401
@@ -319,16 +224,337 @@ def _check_gpu(index: int) -> None:
         raise BackendUnavailableError(f"cuda:{index}: no such GPU, the driver has {count}")
 
 
-@functools.cache
-def _pillow_version() -> int:
-    """Return the major version of the library that resizes images on the host, for equal results on both."""
-    import PIL
+def new_stream(index: int) -> Any:
+    """Return a stream of cuda-core's on a device, which ends with the object; it does not wait for the legacy one."""
+    from cuda.core import Device
 
-    return int(PIL.__version__.partition(".")[0])
+    device = Device(index)
+    device.set_current()
+    return device.create_stream()
 
 
-def _address_of(array: Array) -> int:
-    if isinstance(array, DeviceArray):
-        return array.address
-    assert array.flags.c_contiguous, "a strided array of the host"
-    return int(array.__array_interface__["data"][0])
+@functools.lru_cache(maxsize=256)
+def wrap_stream(handle: int) -> Any:
+    """Return cuda-core's view of a stream: no more than its handle, so that one serves as long as the process lives."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def synchronize_stream(stream: int) -> None:
+    """Let the calling thread wait for a stream of the current context. Raises `DeviceError` if work failed."""
+    call("cuStreamSynchronize", stream)
+
+
+def allocate(nbytes: int, *, pinned: bool) -> int:
+    """Return the address of memory of the current context's device, or of pinned memory of the host.
+
+    It is a plain allocation, not from a stream-ordered pool: one made while the stream is captured would become a node
+    of the graph, with the graph's lifetime; and the device's pool, as cuda-core sets it, keeps what it is given back,
+    where other libraries cannot get at it. A plain one is ours at once, for as long as graphs hold its address, and
+    goes back to the driver when it is released. It is slow, but done when a session is opened.
+
+    Raises:
+        DeviceError: there is not so much.
+    """
+    return int(call("cuMemAllocHost" if pinned else "cuMemAlloc", nbytes))
+
+
+def release(address: int, *, pinned: bool) -> None:
+    """Give back what `allocate` returned; no work may use it any more. Raises `DeviceError` if work failed."""
+    call("cuMemFreeHost" if pinned else "cuMemFree", address)
+
+
+def free_memory() -> tuple[int, int]:
+    """Return the bytes of the current context's device that are free, and all it has."""
+    free, total = call("cuMemGetInfo")
+    return int(free), int(total)
+
+
+def copy(destination: int, source: int, nbytes: int, *, stream: int) -> None:
+    """Enqueue a copy between addresses of a device or the host."""
+    call("cuMemcpyAsync", destination, source, nbytes, stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where memory is: the number of its device, and its context; None or 0 for memory that belongs to none."""
+
+    device_index: int
+    context: int | None
+
+
+def place_of(address: int) -> Place:
+    """Return where an address of a device is.
+
+    Raises:
+        DeviceError: it is in no GPU's memory.
+    """
+    attributes = driver().CUpointer_attribute
+    index = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+    try:
+        context = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_CONTEXT, address))
+    except DeviceError:  # memory that belongs to none, as that of pools
+        return Place(device_index=index, context=None)
+    return Place(device_index=index, context=context)
+
+
+def export_dlpack(
+    address: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    nbytes: int,
+    owner: object,
+    max_version: tuple[int, int] | None,
+) -> Any:
+    """Return memory of the current context's device as a DLPack capsule, which keeps `owner`; see `__dlpack__`."""
+    from cuda.core import Buffer
+    from cuda.core.utils import StridedMemoryView
+
+    buffer = Buffer.from_handle(address, nbytes, owner=owner)
+    return StridedMemoryView.from_buffer(buffer, shape=shape, dtype=dtype).__dlpack__(max_version=max_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A caller's array: strides in elements, None for C order; `owner` keeps it as long as it is used."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: np.dtype[Any]
+    owner: object
+
+
+def import_dlpack(source: Any, *, stream: int) -> View:
+    """Return an array of the current context's device by DLPack, which makes a stream wait for its content.
+
+    Raises:
+        BufferError, RuntimeError, NotImplementedError, TypeError: whoever made it refuses, or NumPy has no such type.
+    """
+    from cuda.core.utils import StridedMemoryView
+
+    view = StridedMemoryView.from_dlpack(source, stream_ptr=stream)
+    return View(
+        address=int(view.ptr), shape=tuple(view.shape), strides=view.strides, dtype=np.dtype(view.dtype), owner=view
+    )
+
+
+def current_architecture() -> str:
+    """Return the compute capability of the current context's device, "sm_89" style."""
+    from cuda.core import Device
+
+    return f"sm_{Device().arch}"
+
+
+def load_kernel(code: bytes, symbol: str, *, name: str) -> Any:
+    """Return a kernel of a cubin; the driver brings it to each context.
+
+    Args:
+        code: the cubin.
+        symbol: of the kernel in it.
+        name: for messages.
+    """
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(code, name=name).get_kernel(symbol)
+
+
+def launch_kernel(
+    kernel: Any, arguments: Sequence[Any], *, grid: tuple[int, ...], block: tuple[int, ...], stream: int
+) -> None:
+    """Enqueue a kernel of `load_kernel` in the current context; nothing is waited for.
+
+    Args:
+        kernel: what to launch.
+        arguments: whole numbers are addresses; others are of NumPy's types.
+        grid, block: blocks, and threads of each.
+        stream: as a number; 0 for the default stream.
+    """
+    from cuda.core import LaunchConfig, launch
+
+    launch(wrap_stream(stream or LEGACY_STREAM), LaunchConfig(grid=grid, block=block), kernel, *arguments)
+
+
+@contextmanager
+def cuda_core_errors(name: str) -> Iterator[None]:
+    """Turn what cuda-core raises of the driver, which is its own, into a `DeviceError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "CUDAError":  # in a private module, which moves between versions
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise DeviceError(f"{name}: the driver refuses: {reason}; {REMEDY}") from error
+
+
+class CudaBlock:
+    """Memory of the device, or pinned memory of the host. Safe to close twice.
+
+    Attributes:
+        nbytes: its size.
+        address: of its first byte, at a multiple of 256.
+        is_pinned: whether it is the host's.
+    """
+
+    def __init__(self, address: int, nbytes: int, *, is_pinned: bool, release: Callable[[CudaBlock], None]) -> None:
+        """Take over an allocation.
+
+        Args:
+            address, nbytes: of the allocation.
+            is_pinned: whether it is the host's.
+            release: gives it back once the device has no use for it.
+        """
+        self.address, self.nbytes, self.is_pinned = address, nbytes, is_pinned
+        self._release: Callable[[CudaBlock], None] | None = release
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+        return self._release is not None
+
+    def close(self) -> None:
+        """Give the memory back once the work that was enqueued before has ended; for that the calling thread waits."""
+        release, self._release = self._release, None
+        if release is not None:
+            release(self)
+
+
+class CudaEvent:
+    """A mark in a stream, in a capture too. Any thread may ask or wait."""
+
+    def __init__(self, stream: int, *, context: int, timing: bool, is_capturing: bool) -> None:
+        """Put the mark into a stream.
+
+        Args:
+            stream: as a number.
+            context: of the device, current.
+            timing: whether the time is to be taken.
+            is_capturing: whether the stream is being captured: then it is reached in each replay.
+        """
+        flags = driver().CUevent_flags
+        self._context = context
+        self._handle = call("cuEventCreate", int(flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING))
+        self._destroy = driver().cuEventDestroy
+        if is_capturing:
+            # Without the flag it would only order the captured work, and could be neither waited for nor read.
+            external = int(driver().CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            call("cuEventRecordWithFlags", self._handle, stream, external)
+        else:
+            call("cuEventRecord", self._handle, stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_destroy"):
+            self._destroy(self._handle)  # nobody is left who could be told of an error
+
+    def is_done(self) -> bool:
+        """Whether it has been reached; does not wait. Raises `DeviceError` if work before it failed."""
+        with current_context(self._context), unaffected_by_captures():
+            (status,) = driver().cuEventQuery(self._handle)
+            if status == driver().CUresult.CUDA_ERROR_NOT_READY:
+                return False
+            if int(status) != 0:
+                call("cuEventQuery", self._handle)  # raises, with the name
+            return True
+
+    def wait(self) -> None:
+        """Let the calling thread wait until it is reached. Raises `DeviceError` if work before it failed."""
+        with current_context(self._context), unaffected_by_captures():
+            call("cuEventSynchronize", self._handle)
+
+    def hold(self, stream: int) -> None:
+        """Let later work of a stream of the device wait until it is reached; 0 is the legacy default stream.
+
+        Raises:
+            ValueError: it is no stream of the device.
+            DeviceError: the driver refuses.
+        """
+        with current_context(self._context):
+            try:
+                call("cuStreamWaitEvent", stream or LEGACY_STREAM, self._handle, 0)
+            except DeviceError:
+                check_stream(stream, context=self._context)
+                raise
+
+    def elapsed_ms(self, since: Event) -> float:
+        """Return the time from an earlier event to this one; both were recorded with `timing` and are done."""
+        with current_context(self._context), unaffected_by_captures():
+            return float(call("cuEventElapsedTime", cast(CudaEvent, since)._handle, self._handle))
+
+
+class CudaReplay:
+    """A CUDA graph that is launched on the stream it was captured from."""
+
+    def __init__(self, executable: Any, *, stream: int, context: int, synchronize: Callable[[], None]) -> None:
+        """Take over an instantiated graph.
+
+        Args:
+            executable: the `CUgraphExec`.
+            stream, context: where it is launched.
+            synchronize: waits for the stream.
+        """
+        self._executable: Any | None = executable
+        self._stream, self._context, self._synchronize = stream, context, synchronize
+
+    def __call__(self) -> None:
+        """Enqueue all of it, in one launch.
+
+        Raises:
+            DeviceError: the driver refuses.
+            ValueError: it is closed.
+        """
+        if self._executable is None:
+            raise ValueError("the replay is closed")
+        with current_context(self._context):
+            call("cuGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        """Wait for launches that are in flight, and release the graph; safe to call twice."""
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._synchronize()
+            with current_context(self._context), unaffected_by_captures():
+                call("cuGraphExecDestroy", executable)
+
+
+def graph_of(enqueue: Callable[[], None], stream: int) -> Any:
+    """Return what `enqueue` enqueues on a stream as a `CUgraphExec`, without doing it.
+
+    Raises:
+        DeviceError: `enqueue` failed, which its cause tells, or did what a graph cannot hold.
+    """
+    # Other modes forbid the process to load a module or to allocate meanwhile, though that is no part of the graph.
+    call("cuStreamBeginCapture", stream, driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    is_complete = False
+    try:
+        enqueue()
+        is_complete = True
+    except Exception as error:
+        raise DeviceError(f"the work cannot be recorded as a CUDA graph: {error}") from error
+    finally:
+        status, graph = driver().cuStreamEndCapture(stream)  # the stream must go on, whatever has happened
+        if not is_complete and int(status) == 0:
+            call("cuGraphDestroy", graph)
+    if int(status) != 0:
+        raise DeviceError(f"the work cannot be recorded as a CUDA graph: {status.name}")
+    try:
+        executable = call("cuGraphInstantiate", graph, 0)
+    finally:
+        call("cuGraphDestroy", graph)
+    call("cuGraphUpload", executable, stream)  # so that the first launch is as quick as the others
+    return executable
+
+
+def end_capture(stream: int) -> None:
+    """End a capture of a stream that a library has begun and not finished; nothing happens where there is none.
+
+    Args:
+        stream: a `CUstream` as a number.
+    """
+    module = driver()
+    error, status = module.cuStreamIsCapturing(stream)
+    if error == module.CUresult.CUDA_SUCCESS and status != module.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+        _, graph = module.cuStreamEndCapture(stream)  # an error where the capture is invalid, which then has no graph
+        if graph is not None and int(graph):
+            module.cuGraphDestroy(graph)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from restyle_deploy.cuda_driver import call, check_stream, driver, order_streams, primary_context
 from restyle_deploy.device_array import DLPACK_CUDA, DeviceArray
 from restyle_deploy.errors import DeviceError
+from restyle_deploy.runtime.device import check_stream, import_dlpack, order_streams, place_of, primary_context
 
 DLPACK_CUDA_MANAGED = 13
 
@@ -47,22 +47,18 @@ def view_external(source: Any, *, device_index: int, stream: int) -> DeviceArray
 
 
 def _view_by_dlpack(source: Any, *, device_index: int, stream: int) -> DeviceArray:
-    from cuda.core.utils import StridedMemoryView
-
     try:
-        view = StridedMemoryView.from_dlpack(source, stream_ptr=stream)
-        shape, strides, dtype = tuple(view.shape), view.strides, view.dtype
+        view = import_dlpack(source, stream=stream)
     except (BufferError, RuntimeError, NotImplementedError, TypeError) as error:  # a gradient, an element type
         raise TypeError(f"images: a {type(source).__name__} that cannot be read by DLPack: {error}") from error
-    dtype = np.dtype(dtype)
-    _check_contiguous(source, shape, strides)
+    _check_contiguous(source, view.shape, view.strides)
     return DeviceArray(
-        address=int(view.ptr),
-        shape=shape,
-        dtype=dtype,
+        address=view.address,
+        shape=view.shape,
+        dtype=view.dtype,
         device_index=device_index,
         stream=stream,
-        owner=(view, source),
+        owner=(view.owner, source),
     )
 
 
@@ -137,17 +133,12 @@ def _interface_of(source: Any) -> Any:
 
 def _check_place(address: int, device_index: int) -> None:
     """Raise `ValueError` unless an address is in memory that the session's kernels can reach."""
-    attributes = driver().CUpointer_attribute
     try:
-        index = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+        place = place_of(address)
     except DeviceError as error:
         raise ValueError(f"images: the address {address:#x} is not in a GPU's memory ({error})") from error
-    _check_device(index, device_index)
-    try:
-        context = int(call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_CONTEXT, address))
-    except DeviceError:  # memory that belongs to none, as that of pools
-        return
-    if context not in (0, primary_context(device_index)):
+    _check_device(place.device_index, device_index)
+    if place.context not in (None, 0, primary_context(device_index)):
         raise ValueError(
             f"images: the address {address:#x} was allocated in a CUDA context of its own, whose memory the session "
             f"cannot reach; work in the one that libraries share on cuda:{device_index}: with PyCUDA, "

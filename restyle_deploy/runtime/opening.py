@@ -115,9 +115,9 @@ def open_device(name: str) -> Device:
     """
     if name.startswith("cpu"):
         return HostDevice()
-    from restyle_deploy.runtime import device  # needs cuda-core
+    from restyle_deploy.runtime import cuda_device  # which loads what sessions on the CPU have no use for
 
-    return device.open_device(name)
+    return cuda_device.open_device(name)
 
 
 def on_device(options: RunnerOptions, device: Device) -> RunnerOptions:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from restyle_deploy.backends.base import EXACT_PRECISION, Backend, Runner, RunnerOptions
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.device_array import Array
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 
 Buffers = dict[str, NDArray[Any]]
 

@@ -14,9 +14,9 @@ import onnx_ir as ir
 import torch
 
 from restyle_deploy.backends import tensorrt_plugins
-from restyle_deploy.backends.cuda_devices import find_processor
 from restyle_deploy.backends.tensorrt_plugins import PluginRoute, prepare_graph, register_plugins
 from restyle_deploy.ops.upfirdn2d import upfirdn2d_epilogue
+from restyle_deploy.runtime.device import find_processor
 from tests.backends.plugin_models import (
     ACTIVATION,
     BLUR,

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from restyle_deploy.backends.base import RunnerOptions
-from restyle_deploy.backends.cuda_devices import device_arrays, find_devices, index_of, queue_of
+from restyle_deploy.backends.cuda_devices import device_arrays, queue_of
+from restyle_deploy.runtime.device import find_devices, index_of
 from tests.backends.host_driver.stand_in import HostDriver
 from tests.backends.recording_library import RecordingQueue, array_at
 
-IMPORT = "from restyle_deploy.backends.cuda_devices import find_devices, find_name, find_processor, current_device\n"
+IMPORT = """
+from restyle_deploy.backends.cuda_devices import current_device
+from restyle_deploy.runtime.device import find_devices, find_name, find_processor
+"""
 
 
 @pytest.mark.parametrize(("capability", "processor"), [("8.9", "sm_89"), ("12.0", "sm_120")])
@@ -24,7 +28,7 @@ def test_gpu_of_this_machine(host_driver: HostDriver, capability: str, processor
 def test_device_is_current_for_so_long(host_driver: HostDriver) -> None:
     script = """
 from cuda.bindings import driver
-from restyle_deploy.cuda_driver import primary_context
+from restyle_deploy.runtime.device import primary_context
 with current_device("cuda:0"):
     print(int(driver.cuCtxGetCurrent()[1]) == primary_context(0))
 print(int(driver.cuCtxGetCurrent()[1]))
@@ -61,8 +65,8 @@ def test_arrays_of_other_memory_are_refused() -> None:
 
 END_CAPTURE = """
 from cuda.bindings import driver
-from restyle_deploy.backends.cuda_devices import end_capture
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
+from restyle_deploy.runtime.device import end_capture
 
 device = open_device("cuda:0")
 end_capture(device.stream)

@@ -84,7 +84,7 @@ class FakeOrt:
 
     @contextmanager
     def current_context(self, context: int) -> Iterator[None]:
-        """Stand in for the one of `cuda_driver`; a context is its device's number."""
+        """Stand in for the one of `runtime.device`; a context is its device's number."""
         self.contexts.append(context)
         try:
             yield

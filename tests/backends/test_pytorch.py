@@ -361,7 +361,7 @@ def test_device_arrays_are_described_without_their_stream() -> None:
 def test_replays_outlive_what_others_allocate(bundle: Bundle, precision: str) -> None:
     if "cuda:0" not in pytorch.devices():
         pytest.skip("torch finds no GPU")
-    from restyle_deploy.runtime.device import open_device
+    from restyle_deploy.runtime.cuda_device import open_device
 
     device, record = open_device("cuda:0"), bundle.graphs["generator"]
     options = RunnerOptions(device="cuda:0", precision=precision, queue=device)

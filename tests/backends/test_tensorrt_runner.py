@@ -324,7 +324,7 @@ import numpy as np
 from cuda.bindings import driver
 from restyle_deploy.backends.base import RunnerOptions
 from restyle_deploy.backends.tensorrt_runner import TensorRtRunner, load_engine
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 from restyle_deploy.tensors import TensorSpec
 from tests.backends.recording_library import RecordingContext, RecordingLibrary
 

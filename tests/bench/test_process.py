@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from restyle_deploy.bench.process import cause_of_death, describe_failure, shorten
-from restyle_deploy.cuda_driver import REMEDY
+from restyle_deploy.runtime.device import REMEDY
 from restyle_deploy.short_memory import find_short_memory
 
 CLAIM = """

@@ -6,7 +6,7 @@ import pytest
 from restyle_deploy.bench.figures import Gain
 from restyle_deploy.bench.report import ConfigurationResult, Report
 from restyle_deploy.bench.tables import format_table, is_memory_short, notes_of, table_of
-from restyle_deploy.cuda_driver import REMEDY
+from restyle_deploy.runtime.device import REMEDY
 
 
 def test_a_line_per_configuration_and_step_count(report: Report) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.ops import cuda_versions
-from restyle_deploy.ops.cuda_versions import Version, check_driver, driver_version, ptx_refusal
+from restyle_deploy.ops.cuda_versions import Version, check_driver, ptx_refusal
+from restyle_deploy.runtime.device import driver_version
 from tests.backends.host_driver.stand_in import HostDriver
 
 
@@ -85,5 +86,5 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stand_in_driver_has_a_version(host_driver: HostDriver) -> None:
-    run = host_driver.run("from restyle_deploy.ops.cuda_versions import driver_version\nprint(driver_version()[0])")
+    run = host_driver.run("from restyle_deploy.runtime.device import driver_version\nprint(driver_version()[0])")
     assert run.output == "13\n"

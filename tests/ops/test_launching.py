@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from restyle_deploy.errors import BackendUnavailableError
-from restyle_deploy.ops import compiler, launching
+from restyle_deploy.ops import compiler
 from restyle_deploy.ops.kernels.launches import (
     Epilogue,
     Factor,
@@ -15,6 +15,7 @@ from restyle_deploy.ops.kernels.launches import (
     launch_fused_bias_act,
     launch_upfirdn2d,
 )
+from restyle_deploy.runtime.device import wrap_stream
 from tests.backends.host_driver.stand_in import HostDriver, Run
 
 EPILOGUE = Epilogue(factors=Factor(31), noise_strength=0.5, negative_slope=0.2, gain=-2.0)
@@ -122,9 +123,9 @@ thread.join()
 
 def test_a_stream_is_wrapped_once() -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    stream = launching._wrap_stream(7)
+    stream = wrap_stream(7)
     assert stream.__cuda_stream__() == (0, 7)
-    assert launching._wrap_stream(7) is stream
+    assert wrap_stream(7) is stream
 
 
 def test_launching_needs_no_torch() -> None:

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 from cuda.bindings import driver
 from restyle_deploy.errors import DeviceError
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 
 device = open_device("cuda:0")
 

@@ -12,7 +12,7 @@ from restyle_deploy.ops import compiler
 from restyle_deploy.ops.kernels.image_launches import launch_pixels_from_images, launch_prepare_images
 from restyle_deploy.ops.kernels.launches import Launch
 from restyle_deploy.runtime import device as device_module
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 from tests.backends.host_driver.stand_in import HostDriver
 from tests.runtime.device_scripts import COPIES, run
 
@@ -176,7 +176,7 @@ def work():
     for block in blocks:
         block.close()
     device.synchronize()
-    from restyle_deploy.runtime.device import open_device
+    from restyle_deploy.runtime.cuda_device import open_device
     open_device("cuda:0").close()
     print(driver.cuStreamSynchronize(device.stream)[0].name)  # a call of someone else's, as before
 

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
-from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import DeviceError
 from restyle_deploy.ops.compiler import check_available
 from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from restyle_deploy.runtime.base import Device
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
+from restyle_deploy.runtime.device import call, current_context, primary_context
 from restyle_deploy.runtime.images import normalize_images, resize_image, uint8_from_images
 
 pytestmark = pytest.mark.gpu

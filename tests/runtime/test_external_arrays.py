@@ -18,7 +18,7 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.core import Device
 from cuda.core.utils import StridedMemoryView
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 
 device = open_device("cuda:0")
 block, pinned, back = device.allocate(4096), device.allocate_host(4096), device.allocate_host(4096)

@@ -24,7 +24,7 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.core import Device
 from cuda.core.utils import StridedMemoryView
-from restyle_deploy.runtime.device import open_device
+from restyle_deploy.runtime.cuda_device import open_device
 from tests.fakes import _session_of
 
 class CopyRunner:

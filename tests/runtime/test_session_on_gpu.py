@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from restyle_deploy import Session, cuda_driver
+from restyle_deploy import Session
 from restyle_deploy.backends import BACKENDS, load_backend
 from restyle_deploy.backends.base import RunnerOptions
-from restyle_deploy.cuda_driver import call, current_context, primary_context
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.gpu_loop_checks import LOOP_BACKENDS, check_memory
 from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
+from restyle_deploy.runtime import device as device_module
+from restyle_deploy.runtime.device import call, current_context, primary_context
 from restyle_deploy.runtime.results import DeviceInversion, InversionResult
 
 pytestmark = pytest.mark.gpu
@@ -72,8 +73,8 @@ def test_a_call_is_one_graph_launch_by_our_own_calls(
     session: Session, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     invert(session, images, steps=3).wait()  # binds, captures
-    counted = CountedDriver(cuda_driver.driver())
-    monkeypatch.setattr(cuda_driver, "driver", lambda: counted)
+    counted = CountedDriver(device_module.driver())
+    monkeypatch.setattr(device_module, "driver", lambda: counted)
     inversion = invert(session, images, steps=3)
     calls = Counter(counted.calls)
     assert calls["cuGraphLaunch"] == 1
