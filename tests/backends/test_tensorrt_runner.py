@@ -46,7 +46,7 @@ def load(library: RecordingLibrary, queue: RecordingQueue, monkeypatch: pytest.M
     monkeypatch.setattr(runner_module, "primary_context", lambda index: 1)
     monkeypatch.setattr(runner_module, "current_context", lambda context: contextlib.nullcontext())
     monkeypatch.setattr(
-        runner_module, "call", lambda function, *arguments: library.calls.append((function, *arguments))
+        runner_module, "synchronize_stream", lambda stream: library.calls.append(("synchronize_stream", stream))
     )
 
     def load(cache: Path | None = None) -> Any:
@@ -232,10 +232,10 @@ def test_close_waits_once_and_then_nothing_is_bound(
     runner = load()
     run = runner.bind(buffers_at(256))
     run()
-    assert library.named("cuStreamSynchronize") == []
+    assert library.named("synchronize_stream") == []
     runner.close()
     runner.close()
-    assert library.named("cuStreamSynchronize") == [[queue.stream]]
+    assert library.named("synchronize_stream") == [[queue.stream]]
     with pytest.raises(ValueError, match="the runner is closed"):
         runner.bind(buffers_at(256))
 
@@ -245,7 +245,7 @@ def test_closing_after_a_failure_is_done_once(load: Callable[..., Any], monkeypa
         raise DeviceError(f"{function}: made up")
 
     runner = load()
-    monkeypatch.setattr(runner_module, "call", fail)
+    monkeypatch.setattr(runner_module, "synchronize_stream", fail)
     with pytest.raises(DeviceError, match="made up"):
         runner.close()
     runner.close()

@@ -29,6 +29,24 @@ def there_and_back():
     device.copy(result, middle)
 """
 
+# Another library's capture, in a thread of its own: `thread.start()`, `begun.wait()`, and `done.set()` to end it. It
+# forbids all threads of the process to wait, to ask, to allocate and to free, unless they see to it.
+FOREIGN_CAPTURE = """
+from cuda.core import Device
+Device(0).set_current()
+other = Device(0).create_stream()
+begun, done = threading.Event(), threading.Event()
+
+def capture():
+    Device(0).set_current()
+    driver.cuStreamBeginCapture(other.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+    begun.set()
+    done.wait(60)
+    print(driver.cuStreamEndCapture(other.handle)[0].name)
+
+thread = threading.Thread(target=capture)
+"""
+
 
 def run(driver: HostDriver, start: str, script: str, *, memory_bytes: int = 24 << 30) -> Run:
     """Run one script after the other in a process, and see to it that the stand-in has all functions it called."""

@@ -12,7 +12,7 @@ import pytest
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.ops import compiler
 from tests.backends.host_driver.stand_in import HostDriver
-from tests.runtime.device_scripts import ALLOCATIONS, WAITS, between, run
+from tests.runtime.device_scripts import ALLOCATIONS, FOREIGN_CAPTURE, WAITS, between, run
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
@@ -207,19 +207,6 @@ session, device = open_session()
 Device(0).set_current()
 floats = put(device, images_of(2, 0.5))
 pixels = device.array(device.allocate(2 * 48 * 40 * 3), 0, (2, 48, 40, 3), "uint8")
-other = Device(0).create_stream()
-begun, done = threading.Event(), threading.Event()
-
-def capture():
-    Device(0).set_current()
-    driver.cuStreamBeginCapture(other.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
-    begun.set()
-    done.wait(60)
-    print(driver.cuStreamEndCapture(other.handle)[0].name)
-
-thread = threading.Thread(target=capture)
-thread.start()
-begun.wait(60)
 """
 
 
@@ -235,8 +222,10 @@ def test_what_is_done_once_does_not_mind_captures_of_others(
             pytest.skip(str(error))
     done = run(
         host_driver,
-        START + LAZY,
+        START + LAZY + FOREIGN_CAPTURE,
         f"""
+thread.start()
+begun.wait(60)
 for _ in range(3):
     session.invert({images}, steps=2, image_type="{image_type}").wait()
 session.invert_async(images_of(3, 0.5), steps=1).result()
