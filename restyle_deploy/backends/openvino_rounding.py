@@ -1,4 +1,4 @@
-"""An encoder in bfloat16 that keeps the latents: weights in two parts, and gates and sums of blocks in float32.
+"""An encoder in bfloat16 that keeps the latents: weights in two parts, and gates and sums in float32.
 
 The roundings that cost the latents most are those that are the same at every pixel and in every step, as they add up:
 the weights', and those of the gates that weigh whole channels.
@@ -20,7 +20,7 @@ from openvino import opset15 as ops
 LEAST_PIXELS_SPLIT = 64
 MOST_WEIGHTS_SPLIT = 2**20
 # An attribute of OpenVINO's nodes that has no function in Python: models are read with it. Its CPU plugin then leaves
-# the node in float32 whatever the precision of inference is.
+# the node in float32 whatever the precision of inference is; versions that do not know it, as 2025.4, ignore it.
 _EXACT_ATTRIBUTE = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 _MAP_RANK = 4
 
@@ -41,15 +41,10 @@ def refine_encoder(model: ov.Model) -> None:
 
 
 def _is_gate_or_sum(node: ov.Node) -> bool:
-    """Whether a node is the sigmoid of a gate, applies one to a map, or adds two maps."""
+    """Whether a node is the sigmoid of a gate, applies one to a map, or adds to a map: a bias, or another map."""
     if node.get_type_name() == "Sigmoid":
         return True
-    inputs = [value.get_node() for value in node.input_values()]
-    return (
-        node.get_type_name() in ("Multiply", "Add")
-        and len(node.get_output_partial_shape(0)) == _MAP_RANK
-        and not any(one.get_type_name() == "Constant" for one in inputs)
-    )
+    return node.get_type_name() in ("Multiply", "Add") and len(node.get_output_partial_shape(0)) == _MAP_RANK
 
 
 def _compute_exactly(node: ov.Node) -> None:
@@ -106,21 +101,10 @@ def _split_weights(node: ov.Node) -> None:
         attributes["dilations"],
         attributes["auto_pad"],
     )
-    last = _with_bias(node)
-    readers = last.output(0).get_target_inputs()
-    total = ops.add(last, second)
+    readers = node.output(0).get_target_inputs()
+    total = ops.add(node, second)
     for reader in readers:
         reader.replace_source_output(total.output(0))
-
-
-def _with_bias(convolution: ov.Node) -> ov.Node:
-    """Return the node that adds a constant to a convolution's result and alone reads it, else the convolution."""
-    readers = list(convolution.output(0).get_target_inputs())
-    reader = readers[0].get_node() if len(readers) == 1 else None
-    if reader is None or reader.get_type_name() != "Add":
-        return convolution
-    is_bias = any(value.get_node().get_type_name() == "Constant" for value in reader.input_values())
-    return reader if is_bias else convolution
 
 
 def _pixels(convolution: ov.Node) -> int:
