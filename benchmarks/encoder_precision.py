@@ -2,8 +2,9 @@
 
     python -m benchmarks.encoder_precision BUNDLE CASE.npz
 
-Runs the fixed-step loop of the exported graphs in OpenVINO on the first input of a golden case, and compares latents
-and last image with the loop in float32. Needs a CPU with bfloat16. Writes benchmarks/results/encoder-precision.json.
+Runs the fixed-step loop of the exported graphs in OpenVINO on each input of a golden case, and compares latents and
+last image with the loop in float32. "Refined" is bfloat16 as sessions compute it: see `backends.openvino_rounding`.
+Needs a CPU with bfloat16. Writes benchmarks/results/encoder-precision.json.
 """
 
 import json
@@ -45,23 +46,25 @@ Graph = Callable[[Arrays], Arrays]
 def main(directory: Path, case: Path, blocks: str, output: Path) -> None:
     """Measure all combinations, and print and store them."""
     with np.load(case) as arrays:
-        image = arrays["input"][:1]
-    target = np.ascontiguousarray((image.astype(np.float32) / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5)
-    rows = measure(read_bundle(directory), target, tuple(map(int, blocks.split(","))))
+        images = arrays["input"]
+    targets = np.ascontiguousarray((images.astype(np.float32) / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5)
+    rows = measure(read_bundle(directory), targets, tuple(map(int, blocks.split(","))))
     content = {"processor": describe_processor(), "case": case.stem, "steps": STEPS, "rows": rows}
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for row in rows:
-        click.echo(f"{row['what']}: {row['psnr_db']:.1f} dB, latents {row['latent_errors'][-1]:.4f}")
+        click.echo(
+            f"{row['what']}, image {row['image']}: {row['psnr_db']:.1f} dB, latents {row['latent_errors'][-1]:.4f}"
+        )
 
 
 def measure(
-    bundle: Bundle, target: NDArray[np.float32], blocks: tuple[int, ...], *, short: str = "bf16"
+    bundle: Bundle, targets: NDArray[np.float32], blocks: tuple[int, ...], *, short: str = "bf16"
 ) -> list[dict[str, Any]]:
-    """Return a row for each combination: errors of the latents by step, and the PSNR of the last image.
+    """Return a row for each combination and image: errors of the latents by step, and the PSNR of the last image.
 
     Args:
         bundle: with a backbone of blocks.
-        target: float32 [1, 3, h, w] in [-1, 1], of the encoder's size.
+        targets: float32 [N, 3, h, w] in [-1, 1], of the encoder's size.
         blocks: numbers of the blocks behind which the encoder is cut.
         short: the precision that is compared with float32.
     """
@@ -74,19 +77,21 @@ def measure(
             {name: opened.enter_context(_open(files[role], name)) for name in precisions}
             for role in ("encoder", "generator")
         )
-        expected = _invert(bundle, target, encoders["fp32"], generators["fp32"])
+        encoders["refined"] = opened.enter_context(_open(files["encoder"], short, role="encoder"))
+        expected = [_invert(bundle, target, encoders["fp32"], generators["fp32"]) for target in _each(targets)]
 
         def note(what: str, encode: Graph, generate: Graph) -> None:
-            latents, image = _invert(bundle, target, encode, generate)
-            errors = [float(np.abs(one - other).max()) for one, other in zip(latents, expected[0], strict=True)]
-            mse = float(np.mean((image - expected[1]) ** 2))
-            psnr = 10 * np.log10(PEAK**2 / mse) if mse else float("inf")
-            rows.append({"what": what, "latent_errors": errors, "psnr_db": psnr})
+            for index, (target, (latents, image)) in enumerate(zip(_each(targets), expected, strict=True)):
+                found, rendered = _invert(bundle, target, encode, generate)
+                errors = [float(np.abs(one - other).max()) for one, other in zip(found, latents, strict=True)]
+                mse = float(np.mean((rendered - image) ** 2))
+                psnr = 10 * np.log10(PEAK**2 / mse) if mse else float("inf")
+                rows.append({"what": what, "image": index, "latent_errors": errors, "psnr_db": psnr})
 
-        for encoder in precisions:
-            for generator in precisions:
+        for encoder, encode in encoders.items():
+            for generator, generate in generators.items():
                 if (encoder, generator) != ("fp32", "fp32"):
-                    note(f"encoder {encoder}, generator {generator}", encoders[encoder], generators[generator])
+                    note(f"encoder {encoder}, generator {generator}", encode, generate)
         for block in blocks:
             front, back = split_encoder(bundle, block, Path(folder))
             for first, second in (precisions, precisions[::-1]):
@@ -94,6 +99,11 @@ def measure(
                     what = f"encoder {first} to block {block}, {second} from there on, generator fp32"
                     note(what, _chain(begin, end), generators["fp32"])
     return rows
+
+
+def _each(targets: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Return the images of a batch as batches of one."""
+    return np.split(targets, len(targets))
 
 
 def split_encoder(bundle: Bundle, block: int, folder: Path) -> tuple[Path, Path]:
@@ -121,10 +131,10 @@ def split_encoder(bundle: Bundle, block: int, folder: Path) -> tuple[Path, Path]
 
 
 @contextmanager
-def _open(file: Path, precision: str) -> Iterator[Graph]:
+def _open(file: Path, precision: str, *, role: str = "") -> Iterator[Graph]:
     """Yield a graph as a function from inputs to outputs, by name."""
     inputs, outputs = specs_of(ir.load(file))
-    with Workbench(RunnerOptions(precision=precision)) as bench:
+    with Workbench(RunnerOptions(precision=precision, role=role)) as bench:
         runner = bench.load(load_backend(BACKEND), file, inputs, outputs)
 
         def run(values: Arrays) -> Arrays:

@@ -3,8 +3,9 @@
     python -m benchmarks.rounding --models demo,1024 --golden DIRECTORY --work DIRECTORY
 
 It estimates a backend's own precision, which rounds at places of its own choice: `operands` rounds only what
-convolutions and matrix products read, so no backend that computes in this type does less, while `all` rounds whatever a
-node writes. Sums are kept in float32, as such hardware keeps them.
+convolutions and matrix products read, so no backend that computes in this type does less; `weights` only those of them
+that are constants, `maps` only the others; `all` rounds whatever a node writes. Sums are kept in float32, as such
+hardware keeps them.
 """
 
 import json
@@ -28,7 +29,7 @@ from restyle_deploy.bundle import Bundle, GraphRecord, open_bundle
 from restyle_deploy.runtime.session import InversionResult, Session, load_graphs
 
 TYPES: Mapping[str, ir.DataType] = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
-EXTENTS = ("operands", "all")
+EXTENTS = ("operands", "weights", "maps", "all")
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
@@ -45,6 +46,8 @@ def round_tensors(model: ir.Model, dtype: ir.DataType, *, extent: str) -> ir.Mod
     products = [node for node in written if node.op_type in PRODUCTS]
     for operand in dict.fromkeys(value for node in products for value in node.inputs[:2] if _is_float(value)):
         assert operand is not None
+        if extent == ("maps" if operand.const_value is not None else "weights"):
+            continue
         _round_for(
             model,
             operand,

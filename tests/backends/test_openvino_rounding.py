@@ -134,7 +134,8 @@ def network() -> ov.Model:
     random, channels = np.random.default_rng(2), 64
 
     def weights(inputs: int, outputs: int, size: int) -> NDArray[np.float32]:
-        return (random.normal(size=(outputs, inputs, size, size)) / np.sqrt(inputs * size**2)).astype(np.float32)
+        values = random.normal(size=(outputs, inputs, size, size)) / np.sqrt(inputs * size**2)
+        return np.asarray(values, np.float32)
 
     image = ops.parameter([1, channels, 32, 32], np.float32)
     x = image

@@ -12,11 +12,11 @@ pytest.importorskip("openvino")
 def test_a_cut_encoder_computes_what_the_whole_one_does(toy_bundle: Path) -> None:
     bundle = open_bundle(toy_bundle)
     height, width = bundle.config.input_shape
-    target = np.random.default_rng(0).uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
-    rows = measure(bundle, target, (0,), short="fp32")
-    assert [row["what"] for row in rows] == [
-        "encoder fp32 to block 0, fp32 from there on, generator fp32",
-        "encoder fp32 to block 0, fp32 from there on, generator fp32",
+    targets = np.random.default_rng(0).uniform(-1, 1, (2, 3, height, width)).astype(np.float32)
+    rows = measure(bundle, targets, (0,), short="fp32")
+    cut = "encoder fp32 to block 0, fp32 from there on, generator fp32"
+    assert [(row["what"], row["image"]) for row in rows] == [
+        (what, image) for what in ("encoder refined, generator fp32", cut, cut) for image in (0, 1)
     ]
     for row in rows:
         assert len(row["latent_errors"]) == STEPS

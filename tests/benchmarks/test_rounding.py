@@ -28,6 +28,21 @@ def test_operands_are_rounded_to_bf16(extent: str, expected: float) -> None:
     assert found.item() == expected
 
 
+@pytest.mark.parametrize(("extent", "expected"), [("weights", 1.0078125 * 1.005), ("maps", 1.005 * 1.0078125)])
+def test_one_of_a_products_operands_is_rounded(extent: str, expected: float) -> None:
+    """The weight is 1.005, and so is the map; each rounds to 1.0078125, and a cast tells which of them did."""
+    model = rounding.round_tensors(product(1.005), ir.DataType.BFLOAT16, extent=extent)
+    (rounded,) = (node.inputs[0] for node in model.graph if node.op_type == "Cast" and is_first_cast(node))
+    assert rounded is not None
+    assert (rounded.const_value is not None) is (extent == "weights")
+    (found,) = run(model, {"x": np.full((1, 1, 1, 1), 1.005, np.float32)}).values()
+    assert found.item() == pytest.approx(2 * expected, rel=1e-6)
+
+
+def is_first_cast(node: ir.Node) -> bool:
+    return node.attributes["to"].as_int() == ir.DataType.BFLOAT16
+
+
 def test_all_rounds_what_a_node_writes_too() -> None:
     inputs = {"x": np.full((1, 1, 1, 1), 1.0078125, np.float32)}  # of 8 bits; its square has 15
     (operands,) = run(
@@ -54,7 +69,7 @@ def test_command_writes_the_differences(tmp_path: Path) -> None:
     assert [(row["type"], row["extent"]) for row in rows] == [
         (name, extent) for name in rounding.TYPES for extent in rounding.EXTENTS
     ]
-    psnr = [row["psnr_db"] for row in rows]
-    assert psnr[0] > psnr[1]  # the more is rounded, the worse
-    assert psnr[2] > psnr[3]
-    assert psnr[2] > psnr[0]  # fp16 has three bits more
+    psnr = {(row["type"], row["extent"]): row["psnr_db"] for row in rows}
+    for name in rounding.TYPES:  # the more is rounded, the worse
+        assert min(psnr[name, "weights"], psnr[name, "maps"]) > psnr[name, "operands"] > psnr[name, "all"]
+    assert psnr["fp16", "operands"] > psnr["bf16", "operands"]  # it has three bits more
