@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 from restyle_deploy.files import replace_when_complete
-from restyle_deploy.ops.cuda_versions import NEEDED, check_driver, compiler_version
+from restyle_deploy.ops.cuda_versions import check_driver, compiler_version
+from restyle_deploy.runtime.device import NEEDED
 
 CodeFormat = Literal["cubin", "ptx"]
 

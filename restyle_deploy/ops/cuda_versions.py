@@ -6,11 +6,10 @@ A driver takes cubins of any compiler of its major version, but PTX of none that
 from typing import TypeAlias
 
 from restyle_deploy.errors import BackendUnavailableError
-from restyle_deploy.runtime.device import driver_version
+from restyle_deploy.runtime.device import NEEDED, driver_version
 
 Version: TypeAlias = tuple[int, int]
 
-NEEDED = "the CUDA kernels need {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
 # There is no NVRTC of an older major version under the name that the extra `cuda` installs.
 LEAST_DRIVER: Version = (13, 0)
 

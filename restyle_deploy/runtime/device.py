@@ -28,7 +28,7 @@ REMEDY = "where memory lacks, a smaller max_batch needs less; after a failed lau
 LEGACY_STREAM = 1
 # Handles that mean a default stream: the legacy one by its two, and that of each thread.
 DEFAULT_STREAMS = (0, 1, 2)
-NEEDED = "CUDA needs {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
+NEEDED = "the CUDA kernels need {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
 
 
 def call(function: str, *arguments: Any) -> Any:
