@@ -185,8 +185,7 @@ class _Engine:
             blob = ov.Tensor(np.frombuffer(self._blob, np.uint8), shared_memory=True)
             self._model = ov.Core().import_model(blob, _DEVICE, create_settings(options))
         # Most weights have been copied into the layouts of their operations; those that are read in place come back
-        # from the file as they are. At 1024 px this process peaks at 2006 instead of 2701 MiB so, in bf16 at 1311
-        # instead of 1830.
+        # from the file as they are. At 1024 px this process peaks at 2006 instead of 2701 MiB so.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._blob.madvise(mmap.MADV_DONTNEED)
 

@@ -7,7 +7,7 @@ the weights', and those of the gates that weigh whole channels.
 import math
 import tempfile
 import xml.etree.ElementTree as ET
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def _compute_exactly(node: ov.Node) -> None:
     exact.set_friendly_name(node.get_friendly_name())
 
 
-@lru_cache(maxsize=8)
+@cache
 def _exact_model(operator: str) -> ov.Model:
     """Return a model of one operator without attributes that carries the plugin's attribute."""
     build = {"Sigmoid": ops.sigmoid, "Multiply": ops.multiply, "Add": ops.add}[operator]
@@ -84,7 +84,7 @@ def _split_weights(node: ov.Node) -> None:
     The plugin lets the second one add to the first one's result, so that there is no pass beside theirs.
     """
     weights = node.input_value(1).get_node()
-    if weights.get_type_name() != "Constant" or weights.get_output_size() != 1:
+    if weights.get_type_name() != "Constant":
         return
     values: NDArray[np.float32] = weights.get_data()
     if values.dtype != np.float32 or (values.size > MOST_WEIGHTS_SPLIT and _pixels(node) < LEAST_PIXELS_SPLIT):

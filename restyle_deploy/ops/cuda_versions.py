@@ -6,7 +6,7 @@ A driver takes cubins of any compiler of its major version, but PTX of none that
 from typing import TypeAlias
 
 from restyle_deploy.errors import BackendUnavailableError
-from restyle_deploy.runtime.device import NEEDED, driver_version
+from restyle_deploy.runtime.device import NEEDED, driver_version, require_cuda_core
 
 Version: TypeAlias = tuple[int, int]
 
@@ -20,14 +20,10 @@ def compiler_version() -> Version:
     Raises:
         BackendUnavailableError: cuda-core or NVRTC is not installed.
     """
-    try:
-        import cuda.core  # noqa: F401  what is compiled here is launched by it
-        from cuda.bindings import nvrtc
-        from cuda.pathfinder import DynamicLibNotFoundError
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "cuda":
-            raise
-        raise BackendUnavailableError(NEEDED.format("cuda-core")) from error
+    require_cuda_core()  # what is compiled here is launched by it
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError
+
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except DynamicLibNotFoundError as error:

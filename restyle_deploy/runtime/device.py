@@ -208,14 +208,19 @@ def driver_version() -> tuple[int, int] | None:
     return (number // 1000, number % 1000 // 10) if int(status) == 0 else None
 
 
-def check_gpu(index: int) -> None:
-    """Raise `BackendUnavailableError` unless there are cuda-core, a driver and this GPU."""
+def require_cuda_core() -> None:
+    """Raise `BackendUnavailableError` unless cuda-core is installed."""
     try:
         import cuda.core  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "cuda":
             raise
         raise BackendUnavailableError(NEEDED.format("cuda-core")) from error
+
+
+def check_gpu(index: int) -> None:
+    """Raise `BackendUnavailableError` unless there are cuda-core, a driver and this GPU."""
+    require_cuda_core()
     if driver_version() is None:
         raise BackendUnavailableError(f"cuda:{index}: there is no NVIDIA driver on this machine")
     call("cuInit", 0)
