@@ -27,7 +27,7 @@ from restyle_deploy.backends.base import (
 from restyle_deploy.bundle import Bundle, GraphRecord
 from restyle_deploy.engine_graphs import digest_of_graph, graphs_by_role, needs_epilogues, save_graph
 from restyle_deploy.engines import ENGINES
-from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, TABLE, Choices, Site, find_sites
+from restyle_deploy.graph.plan import AS_EXPORTED, FAMILIES, Choices, Site, find_sites, table_of
 from restyle_deploy.planner import Clock, choose, measure_sites, measure_whole, specs_of
 from restyle_deploy.processor import usable_cores
 from restyle_deploy.runtime.device import find_devices, find_name
@@ -188,7 +188,8 @@ class Building:
         return model, sites, {site.key: known[site.key] for site in sites if site.key in known}
 
     def _choose(self, name: str, sites: list[Site], times: Times) -> dict[str, str]:
-        return choose(sites, times, TABLE[self._options.backend], precision=self._runner_of(name).precision)
+        precision = self._runner_of(name).precision
+        return choose(sites, times, table_of(self._options.backend, precision), precision=precision)
 
     def _runner_of(self, role: str) -> RunnerOptions:
         return self._options.runner.for_graph(role)

@@ -117,13 +117,14 @@ def _check_caches(copy: Path, *, options: "BuildOptions") -> str:
     open_seconds = [_seconds_of(functools.partial(_run_once, copy, options.backend))]
     kept = _caches_in(copy)
     open_seconds.append(_seconds_of(functools.partial(_run_once, copy, options.backend)))
-    if _caches_in(copy) != kept:
+    sizes = {name: len(content) for name, content in kept.items()}
+    if {name: len(content) for name, content in _caches_in(copy).items()} != sizes:
         raise VerificationError("an engine that was opened and run a second time has made its cache anew")
     times = "; ".join(
         f"{what} {before:.1f} s, again {after:.1f} s"
         for what, (before, after) in {"build": build_seconds, "opening and first run": open_seconds}.items()
     )
-    return f"{', '.join(f'{Path(name).name} {len(content)} bytes' for name, content in kept.items())}; {times}"
+    return f"{', '.join(f'{Path(name).name} {size} bytes' for name, size in sizes.items())}; {times}"
 
 
 def _run_once(bundle: Path, backend: str) -> None:

@@ -649,7 +649,7 @@ def test_refused_choices_and_a_refused_exported_graph_end_no_tuning(
     """As with TensorRT for RTX in bfloat16."""
     spy = RefusingSpy()
     monkeypatch.setattr(build_module, "load_backend", lambda name: spy)
-    monkeypatch.setattr(building_module, "TABLE", {"onnxruntime": TABLE["tensorrt-rtx"]})
+    monkeypatch.setattr(building_module, "table_of", lambda backend, precision: TABLE["tensorrt-rtx"])
     engine = tune(bundle, seconds=1e9)
     choices = {choice for site, choice in engine.plan["choices"].items() if site.endswith(" upsampling")}
     assert choices <= {"phases", "polyphase"}
@@ -665,7 +665,7 @@ def test_choices_that_memory_lacked_for_are_tried_again(bundle: Path, monkeypatc
     spy = RefusingSpy()
     spy.reason = "PyTorch refuses it: CUDA out of memory"
     monkeypatch.setattr(build_module, "load_backend", lambda name: spy)
-    monkeypatch.setattr(building_module, "TABLE", {"onnxruntime": TABLE["tensorrt-rtx"]})
+    monkeypatch.setattr(building_module, "table_of", lambda backend, precision: TABLE["tensorrt-rtx"])
     assert set(tune(bundle, seconds=1e9).plan["measurements"]["whole generator"]) == {"planned"}
     spy.reason = ""
     times = tune(bundle, seconds=1e9).plan["measurements"]

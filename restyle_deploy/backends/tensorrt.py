@@ -113,6 +113,11 @@ class TensorRtBackend:
             ValueError: batches that are not in order.
         """
         refuse_engine_options(self._library.backend, engine, self.ENGINE_OPTIONS)
+        if engine.stripped and engine.version_compatible:
+            raise BackendUnavailableError(
+                f"backend {self._library.backend}: --stripped with --version-compatible cannot run here: a "
+                "version-compatible engine brings its own runtime, which cannot put weights back; leave out one of both"
+            )
         batches = batches_of(engine)
         processors, refusal = self._targets(options, engine)
         route, plugin_hash = self._kernels(is_wanted=not engine.no_plugins, wanted=options.plugin_route)
@@ -195,12 +200,12 @@ class TensorRtBackend:
         try:
             return self._network(graph, folder, options, DEFAULT_REQUEST).build()
         except BuildError as error:
-            if not self._library.builds_anywhere or options.precision != "bf16":
+            if options.precision != "bf16":
                 raise
             raise BuildError(
-                f"{error}; as exported, a generator has transposed convolutions, which TensorRT for RTX does not take "
-                "of bfloat16 maps, and a built engine has none: leave out --plain (plain=True), after "
-                "restyle-deploy build BUNDLE --backend tensorrt-rtx --precision bf16, or use --precision fp16"
+                f"{error}; as exported, a generator has transposed convolutions, which TensorRT does not take of "
+                "bfloat16 maps, and a built engine has none: leave out --plain (plain=True), after restyle-deploy "
+                f"build BUNDLE --backend {self._library.backend} --precision bf16, or use --precision fp16"
             ) from error
 
     def _network(self, graph: Path, folder: Path, options: RunnerOptions, request: BuildRequest) -> Any:

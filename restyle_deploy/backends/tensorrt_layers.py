@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
+from restyle_deploy.backends.tensorrt_library import (
+    Messages,
+    construct,
+    create_logger,
+    describe_errors,
+    describe_library,
+)
 from restyle_deploy.engines import LAYERS_SUFFIX
 from restyle_deploy.errors import BuildError
 
@@ -51,12 +57,14 @@ def layers_of_engine(trt: Any, plan: Any, *, host_code_allowed: bool) -> list[di
     Raises:
         BuildError: the library does not take the engine, or tells the layers in a way that is not known.
     """
-    logger = create_logger(trt)
-    runtime = trt.Runtime(logger)
+    messages = Messages()
+    runtime = construct(trt, messages, trt.Runtime, create_logger(trt, messages))
     runtime.engine_host_code_allowed = host_code_allowed
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BuildError(f"{describe_library(trt)} refuses the engine that it built: {describe_errors(logger.errors)}")
+        raise BuildError(
+            f"{describe_library(trt)} refuses the engine that it built: {describe_errors(messages.errors)}"
+        )
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     try:
         return [describe_inspected(layer) for layer in json.loads(text)["Layers"]]

@@ -1,12 +1,15 @@
 """How the two TensorRT libraries differ, and what building and running need of their Python modules."""
 
+import functools
 import logging
 import re
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from restyle_deploy.backends.base import UNIFORM_PRECISIONS, EngineOptions
-from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.errors import BackendUnavailableError, BuildError
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_BATCHES = (1, 1, 8)
@@ -18,7 +21,12 @@ AMPERE_AND_NEWER = "sm_80+"
 _COMMON_OPTIONS = {"min_batch", "opt_batch", "max_batch", "workspace_bytes", "stripped", "no_plugins"}
 # How the message begins by which TensorRT for RTX tells the layers of an engine that it has built.
 LAYERS_HEADING = "Layers:"
+# How the warning begins that a process has had another logger before: each object has its own here.
+SECOND_LOGGER = "The logger passed into"
 AMPERE_PRECISIONS = ("tf32", "bf16")
+
+T = TypeVar("T")
+_LOGGERS: list[Any] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +124,71 @@ def named_processors(library: Library, trt: Any, capabilities: tuple[str, ...]) 
     return tuple(targets[capability] for capability in dict.fromkeys(capabilities))
 
 
-def create_logger(trt: Any, *, warning_level: int = logging.INFO) -> Any:
-    """Return a TensorRT logger that hands messages on to `logging` and keeps what only the log tells.
+class Messages:
+    """What a library says only in its log.
 
-    The library's warnings get this level: those that a build gives are mostly about choices that are not a user's.
-    What is kept are the errors, in the list `errors`, and the text on the last engine's layers, if any, in
-    `engine_layers`.
+    Attributes:
+        errors: all, the oldest first.
+        engine_layers: the text on the layers of the engine that was built last; "" where there is none.
     """
 
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.engine_layers = ""
+
+
+def create_logger(trt: Any, messages: Messages, *, warning_level: int = logging.INFO) -> Any:
+    """Return a logger that hands a library's messages on to `logging`, and keeps some.
+
+    The libraries call the first logger that they were given as long as any builder or runtime of the process lives,
+    and end the process where its owner has let go of it (measured: TensorRT for RTX 1.7.1). So loggers stay.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        messages: takes what is kept, as long as the caller holds it.
+        warning_level: that of the library's warnings; those that a build gives are mostly about choices that are not a
+            user's.
+    """
+    logger = _logger_class(trt)(messages, warning_level)
+    _LOGGERS.append(logger)
+    return logger
+
+
+@functools.cache
+def _logger_class(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, messages: Messages, warning_level: int) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.engine_layers = ""
+            self._messages, self._warning_level = weakref.ref(messages), warning_level
 
         def log(self, severity: Any, message: str) -> None:
+            kept = self._messages() or Messages()
             if message.startswith(LAYERS_HEADING):
-                self.engine_layers = message
+                kept.engine_layers = message
             if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
+                kept.errors.append(message)
                 LOGGER.info("error: %s", message)  # what it leads to is raised, or told by a warning
-            elif severity == trt.ILogger.Severity.WARNING:
-                LOGGER.log(warning_level, "%s", message)
+            elif severity == trt.ILogger.Severity.WARNING and not message.startswith(SECOND_LOGGER):
+                LOGGER.log(self._warning_level, "%s", message)
             else:
                 LOGGER.debug("%s", message)
 
-    return Logger()
+    return Logger
+
+
+def construct(trt: Any, messages: Messages, make: Callable[..., T], *arguments: Any) -> T:
+    """Call a class of a library, `Builder` and the like.
+
+    Raises:
+        BuildError: it gives nothing, which its bindings call a `TypeError`.
+    """
+    try:
+        return make(*arguments)
+    except TypeError as error:
+        if "nullptr" not in str(error):
+            raise
+        reason = describe_errors(messages.errors[-1:])
+        raise BuildError(f"{describe_library(trt)} cannot make a {make.__name__}: {reason}") from error
 
 
 def describe_library(trt: Any) -> str:

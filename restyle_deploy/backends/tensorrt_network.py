@@ -1,6 +1,7 @@
 """An ONNX file -> a typed TensorRT network -> a serialised engine. Only building needs this file, and onnx_ir."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from onnx_ir.passes.common import InlinePass
 
 from restyle_deploy.backends.base import WITHOUT_PLUGINS, EngineOptions
 from restyle_deploy.backends.tensorrt_layers import describe_layer, layers_of_log, node_of_layer
-from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
+from restyle_deploy.backends.tensorrt_library import (
+    Messages,
+    construct,
+    create_logger,
+    describe_errors,
+    describe_library,
+)
 from restyle_deploy.backends.tensorrt_plugins import prepare_graph
 from restyle_deploy.errors import BuildError
 from restyle_deploy.files import replace_when_complete
@@ -21,6 +28,8 @@ from restyle_deploy.ops.kernels.launches import GRID_LIMITS
 from restyle_deploy.ops.onnx_functions import DOMAIN
 
 LOGGER = logging.getLogger(__name__)
+# How the libraries say that they have no way to compute a layer of these types and sizes.
+_NO_KERNEL = re.compile("could not find any implementation|no valid tactic|no low-precision", re.IGNORECASE)
 # A phase of the builder is told at its beginning and after each such share of its steps.
 _TOLD_SHARE = 0.25
 _LEAST_TOLD_STEPS = 20
@@ -157,14 +166,15 @@ class Network:
             BuildError: the parser refuses the graph.
         """
         self._trt, self._options, self._name = trt, options, name
-        self._logger = create_logger(trt)
-        self._builder = trt.Builder(self._logger)
+        self._messages = Messages()
+        logger = create_logger(trt, self._messages)
+        self._builder = construct(trt, self._messages, trt.Builder, logger)
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self._network = self._builder.create_network(1 << int(flag))
-        self._parser = trt.OnnxParser(self._network, self._logger)  # it holds the weights until the engine is built
+        self._parser = trt.OnnxParser(self._network, logger)  # it holds the weights until the engine is built
         if not self._parser.parse_from_file(str(graph)):
             errors = [_describe_error(self._parser.get_error(index)) for index in range(self._parser.num_errors)]
-            raise self._refusal(errors or self._logger.errors)
+            raise self._refusal(errors or self._messages.errors)
         self._nodes = name_helpers(self._network)
         self._monitor = _create_monitor(trt, progress)
         self._config = self._configure()
@@ -176,19 +186,19 @@ class Network:
 
     def built_layers(self) -> list[dict[str, Any]]:
         """Return the layers of the engine that was built, as the library has logged them; none if it did not."""
-        return layers_of_log(self._logger.engine_layers)
+        return layers_of_log(self._messages.engine_layers)
 
     def check(self) -> None:
         """Raise `BuildError` unless the library says that it can build the network."""
         if not self._builder.is_network_supported(self._network, self._config):
-            raise self._refusal(self._logger.errors)
+            raise self._refusal(self._messages.errors)
 
     def build(self) -> Any:
         """Return the serialised engine, a buffer; raise `BuildError` if the library refuses the network."""
         with self._timing_cache():
             plan = self._builder.build_serialized_network(self._network, self._config)
             if plan is None:
-                raise self._refusal(self._logger.errors)
+                raise self._refusal(self._messages.errors)
         return plan
 
     def _configure(self) -> Any:
@@ -235,7 +245,7 @@ class Network:
         cache = self._config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if cache is None or not self._config.set_timing_cache(cache, ignore_mismatch=False):
             LOGGER.info("%s: of another GPU, driver or version; it is made anew", path)
-            self._logger.errors.clear()  # else a refusal would give this for its reason
+            self._messages.errors.clear()  # else a refusal would give this for its reason
             cache = self._config.create_timing_cache(b"")
             self._config.set_timing_cache(cache, ignore_mismatch=False)
         yield
@@ -245,7 +255,9 @@ class Network:
                 temporary.write_bytes(memoryview(measured.serialize()))
 
     def _refusal(self, errors: list[str]) -> BuildError:
-        return BuildError(f"{describe_library(self._trt)} refuses {self._name}: {describe_errors(errors)}")
+        reason = describe_errors(errors)
+        remedy = "; with --tune, the plan has only what it can compute" if _NO_KERNEL.search(reason) else ""
+        return BuildError(f"{describe_library(self._trt)} refuses {self._name}: {reason}{remedy}")
 
 
 def _is_filter(node: ir.Node) -> bool:

@@ -8,7 +8,13 @@ from weakref import WeakValueDictionary
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
 from restyle_deploy.backends.cuda_devices import device_arrays, device_error
-from restyle_deploy.backends.tensorrt_library import create_logger, describe_errors, describe_library
+from restyle_deploy.backends.tensorrt_library import (
+    Messages,
+    construct,
+    create_logger,
+    describe_errors,
+    describe_library,
+)
 from restyle_deploy.device_array import Array, DeviceArray
 from restyle_deploy.errors import BuildError, ShapeError
 from restyle_deploy.files import replace_when_complete
@@ -21,8 +27,8 @@ LOGGER = logging.getLogger(__name__)
 class LoadedEngine:
     """A deserialised engine and what has to live as long as it does."""
 
-    def __init__(self, trt: Any, logger: Any, runtime: Any, engine: Any) -> None:
-        self.trt, self.logger, self.runtime, self.engine = trt, logger, runtime, engine
+    def __init__(self, trt: Any, messages: Messages, runtime: Any, engine: Any) -> None:
+        self.trt, self.messages, self.runtime, self.engine = trt, messages, runtime, engine
 
     def batches(self, name: str) -> tuple[int, int]:
         """Return the fewest and the most images of one run, by the profile of an input."""
@@ -32,13 +38,13 @@ class LoadedEngine:
     def require(self, done: Any, what: str) -> None:
         """Raise `BuildError` with the last error that the library has logged, unless it has done what it was told."""
         if not done:
-            reason = describe_errors(self.logger.errors[-1:])
+            reason = describe_errors(self.messages.errors[-1:])
             raise BuildError(f"{describe_library(self.trt)} cannot {what}: {reason}")
 
     def require_of_device(self, done: Any, what: str) -> None:
         """Raise `DeviceError` likewise: what is refused when the engine is used is mostly the GPU's memory."""
         if not done:
-            raise device_error(describe_library(self.trt), describe_errors(self.logger.errors[-1:]), what=what)
+            raise device_error(describe_library(self.trt), describe_errors(self.messages.errors[-1:]), what=what)
 
 
 def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weights: Path | None) -> LoadedEngine:
@@ -54,37 +60,38 @@ def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weigh
         BuildError: the library refuses the engine, or the weights do not fit it.
     """
     with current_context(primary_context(index_of(options.device))):
-        logger = create_logger(trt, warning_level=logging.WARNING)  # such as: of another model of GPU
-        runtime = trt.Runtime(logger)
+        messages = Messages()
+        logger = create_logger(trt, messages, warning_level=logging.WARNING)  # such as: of another model of GPU
+        runtime = construct(trt, messages, trt.Runtime, logger)
         runtime.engine_host_code_allowed = options.host_code_allowed
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise BuildError(f"{describe_library(trt)} refuses {name}: {describe_errors(logger.errors)}")
-        loaded = LoadedEngine(trt, logger, runtime, engine)
+            raise BuildError(f"{describe_library(trt)} refuses {name}: {describe_errors(messages.errors)}")
+        loaded = LoadedEngine(trt, messages, runtime, engine)
         if weights is not None:
-            _refit(loaded, weights, name=name)
+            _refit(loaded, weights, logger, name=name)
     return loaded
 
 
-def _refit(loaded: LoadedEngine, weights: Path, *, name: str) -> None:
+def _refit(loaded: LoadedEngine, weights: Path, logger: Any, *, name: str) -> None:
     """Put all weights back; raise `BuildError` if one is missing.
 
     That none is missing is what the parser says, which counts those that it gives against all that the engine names:
     TensorRT for RTX may keep silent about missing ones (pytorch/TensorRT, pull request 4198). Of an engine that names
     none the parser says so too.
     """
-    trt, logger = loaded.trt, loaded.logger
-    refitter = trt.Refitter(loaded.engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
+    trt, errors = loaded.trt, loaded.messages.errors
+    refitter = construct(trt, loaded.messages, trt.Refitter, loaded.engine, logger)
+    parser = construct(trt, loaded.messages, trt.OnnxParserRefitter, refitter, logger)
     if not refitter.get_all_weights():
         reason = "it names none that it takes"
     elif not parser.refit_from_file(str(weights)):
         told = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        reason = describe_errors([*told, *logger.errors])
+        reason = describe_errors([*told, *errors])
     elif missing := refitter.get_missing_weights():
         reason = f"no weights for {', '.join(missing[:3])}"
     elif not refitter.refit_cuda_engine():
-        reason = describe_errors(logger.errors)
+        reason = describe_errors(errors)
     else:
         return
     raise BuildError(f"{describe_library(trt)} cannot put the weights back into {name}: {reason}")

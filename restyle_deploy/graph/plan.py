@@ -185,8 +185,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 # For CPUs, what measured fastest at most shapes: two cores with AVX2, ONNX Runtime 1.32 and OpenVINO 2026.4. For GPUs,
-# what reads and writes least; "node" is our kernel there. TensorRT for RTX takes no kernel of ours, and has no
-# transposed convolution of bfloat16 maps.
+# what reads and writes least; "node" is our kernel there, which TensorRT for RTX does not take.
 TABLE: Mapping[str, Choices] = MappingProxyType(
     {
         "onnxruntime": {
@@ -231,6 +230,15 @@ TABLE: Mapping[str, Choices] = MappingProxyType(
         },
     }
 )
+
+# In another precision. TensorRT finds no way to compute a transposed convolution of bfloat16 maps (NVIDIA/TensorRT,
+# issue 4829; measured: TensorRT for RTX 1.7.1), which leaves "phases" and "polyphase".
+_EXCEPTIONS: Mapping[tuple[str, str], Choices] = MappingProxyType({("tensorrt", "bf16"): {"upsampling": "polyphase"}})
+
+
+def table_of(backend: str, precision: str) -> Choices:
+    """Return what a backend takes where nothing was measured: a choice for each family."""
+    return {**TABLE[backend], **_EXCEPTIONS.get((backend, precision), {})}
 
 
 def find_sites(model: ir.Model) -> list[Site]:

@@ -22,6 +22,7 @@ class RecordingLibrary:
         cache_fits: whether a timing cache that is not empty is taken.
         cache_is_kept: whether there is a timing cache after a build.
         plan: what a build returns; None for a refusal.
+        refusal: the reason that is logged for it.
         engine_is_taken: whether a runtime takes an engine.
         layers: what the inspector tells.
         memory_bytes: that a run of the next engine takes.
@@ -52,6 +53,7 @@ class RecordingLibrary:
         self.calls: list[tuple[Any, ...]] = []
         self.cache_fits = self.cache_is_kept = self.engine_is_taken = True
         self.plan: bytes | None = b"plan"
+        self.refusal = "no memory is left"
         self.memory_bytes, self.batches = 4096, (1, 8)
         self.refused = ""
         self.runs_are_capturable: bool | None = None
@@ -80,7 +82,7 @@ class RecordingLibrary:
 
         def build(network: Any, config: Any) -> bytes | None:
             if self.plan is None:
-                logger.log(1, "no memory is left")
+                logger.log(1, self.refusal)
             return self.plan
 
         return SimpleNamespace(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -21,7 +22,8 @@ from restyle_deploy.backends.tensorrt_layers import describe_inspected
 from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX
 from restyle_deploy.backends.tensorrt_network import check_planes, write_typed_graph
 from restyle_deploy.cli.options import engine_options
-from restyle_deploy.errors import BuildError
+from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.graph.plan import apply_choices, find_sites, table_of
 from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, RecordingQueue, recorded
 
 OPTIONS = RunnerOptions(device="cuda:1", queue=RecordingQueue())
@@ -302,6 +304,50 @@ def test_options_reach_the_builder(
     for name in ("set_flag", "set_memory_pool_limit"):
         found |= {(name, *arguments) for arguments in library.named(name)}
     assert found == expected
+
+
+def test_weights_cannot_be_put_back_by_another_versions_runtime(library: RecordingLibrary) -> None:
+    engine = replace(NO_PLUGINS, stripped=True, version_compatible=True)
+    with pytest.raises(
+        BackendUnavailableError, match="--stripped with --version-compatible cannot run here: .* one of"
+    ):
+        TensorRtBackend(TENSORRT, library).check_build(OPTIONS, engine)
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_for_the_plan"),
+    [
+        ("Error Code 10: Internal Error (Could not find any implementation for node up.)", True),
+        ("ConvTranspose2d: no valid tactic", True),
+        ("out of memory", False),
+    ],
+)
+def test_refusal_of_a_layer_names_the_way_around(
+    library: RecordingLibrary, graph: Path, tmp_path: Path, reason: str, is_for_the_plan: bool
+) -> None:
+    library.plan, library.refusal = None, reason
+    with pytest.raises(BuildError) as caught:
+        build(library, graph, tmp_path)
+    remedy = "; with --tune, the plan has only what it can compute" if is_for_the_plan else ""
+    assert str(caught.value) == f"TensorRT 10.9.0 refuses generator.onnx: {reason}{remedy}"
+
+
+@pytest.mark.parametrize("plan", ["tensorrt", "tensorrt-rtx"])
+def test_no_transposed_convolution_of_bfloat16_maps(graph: Path, tmp_path: Path, plan: str) -> None:
+    """Neither library has one."""
+    model = ir.load(graph)
+    sites = find_sites(model)
+    table = table_of(plan, "bf16")
+    apply_choices(model, sites, {site.name: table[site.family] for site in sites}, epilogues=True)
+    ir.save(model, tmp_path / "generator.onnx")
+    typed = write_typed_graph(
+        tmp_path / "generator.onnx", tmp_path, precision="bf16", route="functions", arch=None, max_batch=8
+    )
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(typed)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    found = {(node.op_type, types[node.input[0]]) for node in inferred.node if "Conv" in node.op_type}
+    assert ("Conv", onnx.TensorProto.BFLOAT16) in found
+    assert ("ConvTranspose", onnx.TensorProto.BFLOAT16) not in found
 
 
 def test_kernels_of_a_compatible_engine_are_for_the_oldest_gpu_that_it_runs_on(

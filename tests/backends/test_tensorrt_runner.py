@@ -177,7 +177,7 @@ def test_failing_call_names_library_and_last_error(
     reason: str,
 ) -> None:
     runner = load()
-    runner._settings.loaded.logger.log(1, "an old error")
+    runner._settings.loaded.messages.errors.append("an old error")
     library.refused = refused
     with (
         caplog.at_level(logging.INFO),

@@ -8,7 +8,7 @@ import pytest
 
 from restyle_deploy.backends import BACKENDS
 from restyle_deploy.graph import plan
-from restyle_deploy.graph.plan import FAMILIES, TABLE, apply_choices, find_sites
+from restyle_deploy.graph.plan import FAMILIES, TABLE, apply_choices, find_sites, table_of
 from restyle_deploy.models.encoders import ENCODERS
 from tests.graph_models import (
     BATCHES,
@@ -79,6 +79,12 @@ def test_table_has_a_choice_for_every_family_on_every_backend() -> None:
         assert list(choices) == list(FAMILIES)
         for family, choice in choices.items():
             assert choice in FAMILIES[family].choices
+
+
+def test_tensorrts_own_filter_is_not_for_bfloat16() -> None:
+    other = {backend: table_of(backend, "bf16") for backend in TABLE}
+    assert other == {**TABLE, "tensorrt": {**TABLE["tensorrt"], "upsampling": "polyphase"}}
+    assert {backend: table_of(backend, "fp16") for backend in TABLE} == TABLE
 
 
 def count_sites(model: ir.Model) -> Counter[str]:
