@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,13 +19,32 @@ from restyle_deploy.ops.fused_bias_act import GAIN, NEGATIVE_SLOPE
 from restyle_deploy.ops.kernels.launches import Factor
 from restyle_deploy.ops.upfirdn2d import Pads
 
+ALIGNMENT = 512  # bytes, of each buffer
+COPY_WAYS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        "memcpy": lambda source, target: target.copy_(source),
+        "kernel": lambda source, target: torch.mul(source, 1, out=target),
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a call reads: `factors` are the keyword arguments of our functions; `typed` the same in the dtype of x."""
+    """What a call reads, made before it is timed.
+
+    Attributes:
+        x: [N, C, H, W].
+        kernel: [kh, kw] float32, the filter.
+        flipped: [kh, kw] in the dtype of x: a convolution in torch does not flip its weight.
+        weight: [C, 1, kh, kw] in the dtype of x, for each channel: flipped, but for a transposed convolution.
+        factors: the keyword arguments of our functions.
+        typed: the same in the dtype of x.
+    """
 
     x: Tensor
     kernel: Tensor
+    flipped: Tensor
+    weight: Tensor
     factors: Mapping[str, Any]
     typed: Mapping[str, Any]
 
@@ -41,6 +63,10 @@ def make_inputs(problem: Problem, seed: int, device: str = "cuda") -> Inputs:
         return torch.randn(shape, generator=random, device=device)
 
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device)
+    kernel = torch.outer(taps, taps) / 16
+    flipped = kernel.flip(0, 1)
+    is_transposed = case.filtering is not None and case.filtering.up[0] > 1
+    weight = (kernel if is_transposed else flipped).expand(channels, 1, *kernel.shape)  # [C, 1, kh, kw]
     present = {
         Factor.DEMOD: {"demod": normal(batch, channels).abs()},
         Factor.NOISE: {"noise": normal(1, 1, problem.size, problem.size).to(dtype)},
@@ -52,7 +78,9 @@ def make_inputs(problem: Problem, seed: int, device: str = "cuda") -> Inputs:
     numbers = {"negative_slope": NEGATIVE_SLOPE if is_active else None, "gain": GAIN if is_active else None}
     return Inputs(
         x=normal(*problem.shape).to(dtype).contiguous(memory_format=layout),
-        kernel=torch.outer(taps, taps) / 16,
+        kernel=kernel,
+        flipped=flipped.to(dtype),
+        weight=weight.to(dtype).contiguous(memory_format=layout),
         factors={**factors, **numbers},
         typed={**{name: tensor.to(dtype) for name, tensor in factors.items()}, **numbers},
     )
@@ -69,8 +97,8 @@ def functions_of(problem: Problem) -> dict[str, Function]:
     up, pads = filtering.up[0], filtering.pads
     return {
         OURS: lambda one: cuda_ops.upfirdn2d_epilogue(one.x, one.kernel, up=up, pads=pads, **one.factors),
-        EAGER: lambda one: epilogue(filter_by_convolution(one.x, one.kernel, up, pads), **one.typed),
-        SHIFTED: lambda one: epilogue(filter_by_shifts(one.x, one.kernel, up, pads), **one.typed),
+        EAGER: lambda one: epilogue(filter_by_convolution(one.x, one.weight, up, pads), **one.typed),
+        SHIFTED: lambda one: epilogue(filter_by_shifts(one.x, one.flipped, up, pads), **one.typed),
     }
 
 
@@ -78,8 +106,23 @@ def widen(one: Inputs) -> Inputs:
     """Return the same numbers in float64: with them, torch's way is the reference."""
     typed = {name: value.double() if isinstance(value, Tensor) else value for name, value in one.typed.items()}
     factors = {name: value.double() for name, value in one.factors.items() if isinstance(value, Tensor)}
-    # Ours reads float32 factors, so the reference does; noise has the type of x in both.
-    return Inputs(x=one.x.double(), kernel=one.kernel.double(), factors=one.factors, typed={**typed, **factors})
+    return Inputs(
+        x=one.x.double(),
+        kernel=one.kernel.double(),
+        flipped=one.flipped.double(),  # sixteenths up to nine: exact in each type
+        weight=one.weight.double(),
+        factors=one.factors,
+        # Ours reads float32 factors, so the reference does; noise has the type of x in both.
+        typed={**typed, **factors},
+    )
+
+
+def make_copies(bytes_moved: int, count: int, device: str = "cuda") -> dict[str, list[Callable[[], Tensor]]]:
+    """Return copies in each way, between so many pairs of buffers; each reads and writes so many bytes together."""
+    size = math.ceil(bytes_moved / 2 / ALIGNMENT) * ALIGNMENT
+    # Words of four bytes: kernels on single bytes are slower.
+    pairs = [torch.randint(256, (2, size), dtype=torch.uint8, device=device).view(torch.int32) for _ in range(count)]
+    return {way: [partial(copy, source, target) for source, target in pairs] for way, copy in COPY_WAYS.items()}
 
 
 def epilogue(
@@ -104,17 +147,16 @@ def epilogue(
     return y if next_scale is None else y * next_scale[:, :, None, None]
 
 
-def filter_by_convolution(x: Tensor, kernel: Tensor, up: int, pads: Pads) -> Tensor:
-    """Filter as torch does it best: one depthwise convolution, transposed for the upsampling."""
-    channels, (top, left, bottom, right) = x.shape[1], pads
-    weight = kernel.to(x.dtype).expand(channels, 1, *kernel.shape)
-    if up == 1:
-        return functional.conv2d(functional.pad(x, (left, right, top, bottom)), weight.flip(2, 3), groups=channels)
+def filter_by_convolution(x: Tensor, weight: Tensor, up: int, pads: Pads) -> Tensor:
+    """Filter as torch does it best: one depthwise convolution that pads by itself, transposed for the upsampling."""
+    channels, padding = x.shape[1], pads[:2]
+    if up == 1:  # pads (1, 1, 1, 1)
+        return functional.conv2d(x, weight, padding=padding, groups=channels)
     # Of the full result, the first and the last row and column are beyond pads (2, 2, 1, 1).
     return functional.conv_transpose2d(x, weight, stride=up, padding=1, groups=channels)
 
 
-def filter_by_shifts(x: Tensor, kernel: Tensor, up: int, pads: Pads) -> Tensor:
+def filter_by_shifts(x: Tensor, flipped: Tensor, up: int, pads: Pads) -> Tensor:
     """Filter as a sum of shifted images, which a compiler can fuse with what follows."""
     batch, channels, height, width = x.shape
     top, left, bottom, right = pads
@@ -122,11 +164,10 @@ def filter_by_shifts(x: Tensor, kernel: Tensor, up: int, pads: Pads) -> Tensor:
         x = functional.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1))
         x = x.reshape(batch, channels, height * up, width * up)
     x = functional.pad(x, (left, right, top, bottom))
-    rows, columns = (size - taps + 1 for size, taps in zip(x.shape[2:], kernel.shape, strict=True))
-    flipped = kernel.to(x.dtype).flip(0, 1)
+    rows, columns = (size - taps + 1 for size, taps in zip(x.shape[2:], flipped.shape, strict=True))
     shifts = [
         x[:, :, i : i + rows, j : j + columns] * flipped[i, j]
-        for i in range(kernel.shape[0])
-        for j in range(kernel.shape[1])
+        for i in range(flipped.shape[0])
+        for j in range(flipped.shape[1])
     ]
     return sum(shifts[1:], shifts[0])
