@@ -25,7 +25,7 @@ from restyle_deploy.backends.base import (
 from restyle_deploy.backends.cpu import plugin_hash as plugin_hash  # kernels are in no engine: they are launched
 from restyle_deploy.backends.pytorch_execution import CudaExecution, Execution, HostExecution
 from restyle_deploy.device_array import Array
-from restyle_deploy.errors import BackendUnavailableError, BuildError, RestyleDeployError
+from restyle_deploy.errors import BackendUnavailableError, BuildError, DeviceError, RestyleDeployError
 from restyle_deploy.tensors import TensorSpec
 
 ENGINE_OPTIONS: frozenset[str] = frozenset()
@@ -203,6 +203,14 @@ class _BoundRun:
         self._inputs, self._outputs = inputs, outputs
 
     def __call__(self) -> None:
+        try:
+            self._run()
+        except DeviceError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError) or not self._execution.free_what_is_kept():
+                raise
+            self._run()
+
+    def _run(self) -> None:
         with self._execution.scope(), torch.inference_mode():
             for output, value in zip(self._outputs, self._module(*self._inputs), strict=True):
                 output.copy_(value)

@@ -18,7 +18,7 @@ from restyle_deploy.backends.base import Queue, RunnerOptions
 from restyle_deploy.backends.cpu import host_arrays
 from restyle_deploy.backends.cuda_devices import device_arrays, device_error, queue_of
 from restyle_deploy.device_array import Array, DeviceArray
-from restyle_deploy.runtime.device import index_of
+from restyle_deploy.runtime.device import current_context, index_of, primary_context
 
 _DEVICE_ERRORS = tuple(
     kind for kind in (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", None)) if kind is not None
@@ -28,6 +28,9 @@ _LIBRARY_ERROR = re.compile(r"CUDA error|CUDA out of memory|CUDA driver error|CU
 # Torch's settings of convolutions belong to the process: sessions that enqueue with others take turns.
 _SETTINGS = threading.RLock()
 _CONVOLUTIONS = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - it is there, and not in torch's types
+_RECURRENT = getattr(torch.backends.cudnn, "rnn")  # noqa: B009 - likewise
+# What cuBLAS keeps for a stream, by device and stream, as long as the process lives: see `_create_workspace`.
+_WORKSPACES: dict[tuple[str, int], Any] = {}
 # The memory of all graphs on one queue: they run one after the other, so what one leaves the next one takes. It is
 # theirs: with the last of them it goes back, though the queue may live on, with results that lie on the device.
 _POOLS: WeakKeyDictionary[Queue, weakref.ref[Any]] = WeakKeyDictionary()
@@ -42,6 +45,10 @@ class Execution(Protocol):
 
     def scope(self) -> AbstractContextManager[None]:
         """Return what a run is done in."""
+        ...
+
+    def free_what_is_kept(self) -> bool:
+        """Give back memory that torch keeps for later; return False where that is none, or is not possible now."""
         ...
 
 
@@ -68,6 +75,10 @@ class HostExecution:
         finally:
             torch.set_num_threads(kept)
 
+    def free_what_is_kept(self) -> bool:
+        """Torch keeps none of the host's."""
+        return False
+
 
 class CudaExecution:
     """On a GPU, enqueued on the session's stream.
@@ -90,10 +101,10 @@ class CudaExecution:
         found = _POOLS.get(self._queue)
         pool = None if found is None else found()
         if pool is None:
+            self._create_workspace()
             with torch.cuda.device(index):
                 self._pool = torch.cuda.MemPool()
             _POOLS[self._queue] = weakref.ref(self._pool)
-            self._create_workspace()
         else:
             self._pool = pool
 
@@ -102,8 +113,7 @@ class CudaExecution:
         arrays = device_arrays(buffers, self._device)
         return {name: torch.as_tensor(_Interface(array), device=self._device) for name, array in arrays.items()}
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> AbstractContextManager[None]:
         """Enqueue on the session's stream, from the session's pool, in the arithmetic that the precision names.
 
         The settings of the arithmetic are the process's: torch code of other threads that runs meanwhile has them too.
@@ -111,28 +121,51 @@ class CudaExecution:
         Raises:
             DeviceError: the GPU lacks memory, or refuses what torch enqueues.
         """
+        return self._scope(self._pool)
+
+    def free_what_is_kept(self) -> bool:
+        """Give back what lies idle in torch's other pools, which it does not do by itself for a run from this one.
+
+        (pytorch/pytorch issue 159674.) Not while the stream is captured.
+        """
+        with torch.cuda.device(index_of(self._device)), torch.cuda.stream(self._stream):
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            torch.cuda.empty_cache()
+        return True
+
+    @contextmanager
+    def _scope(self, pool: Any) -> Iterator[None]:
         index = index_of(self._device)
         with (
             _device_errors(self._device),
             _SETTINGS,
+            current_context(primary_context(index)),  # torch's own scope need not bring the caller's back
             torch.cuda.device(index),
             torch.cuda.stream(self._stream),
-            torch.cuda.use_mem_pool(self._pool, index),
+            torch.cuda.use_mem_pool(pool, index),
             _arithmetic(tf32=self._tf32),
         ):
             yield
 
     def _create_workspace(self) -> None:
-        """Let cuBLAS allocate what it keeps for a stream, before anything else: a piece of the pool of its own.
+        """Let cuBLAS allocate what it keeps for a stream, in a pool that nothing else is taken from.
 
         CUDA graphs keep its address, and torch frees it while they live: when other code of the process captures graphs
         or, in some versions, when a thread ends (pytorch/pytorch issues 192061 and 193402). What is freed goes back to
-        where it came from, and from this pool only runs on this stream take it.
+        where it came from. Torch itself keeps it as long as the process lives, even for streams that are no more; ours
+        go to the next session, and so does this.
         """
-        with self.scope(), torch.inference_mode():
+        key = self._device, self._queue.stream
+        if key in _WORKSPACES:
+            return
+        with torch.cuda.device(index_of(self._device)):
+            pool = torch.cuda.MemPool()
+        with self._scope(pool), torch.inference_mode():
             ones = torch.ones(16, 16, device=self._device)
             functional.linear(ones, ones, ones[0])
             torch.bmm(ones[None], ones[None])
+        _WORKSPACES[key] = pool
 
 
 class _Interface:
@@ -167,15 +200,20 @@ def _arithmetic(*, tf32: bool) -> Iterator[None]:
     """Let convolutions be those that measure fastest, in TF32 or not; matrix products, which are small, never are.
 
     Of those that give the same bits each time: sums in any order, by atomic additions, would make a replay differ from
-    the run that it has recorded.
+    the run that it has recorded. The older setting, for recurrent layers as well, goes along: where the two differ,
+    torch refuses to tell it, to any thread.
     """
-    settings: tuple[tuple[Any, str, Any], ...] = (
+    convolutions = "tf32" if tf32 else "ieee"
+    settings: list[tuple[Any, str, Any]] = [
         (torch.backends.cudnn, "benchmark", True),
         (torch.backends.cudnn, "deterministic", True),
-        (_CONVOLUTIONS, "fp32_precision", "tf32" if tf32 else "ieee"),
+        (_CONVOLUTIONS, "fp32_precision", convolutions),
+        (_RECURRENT, "fp32_precision", convolutions),
         (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    )
-    kept = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
+    ]
+    if _has_older_setting():
+        settings.insert(0, (torch.backends.cudnn, "allow_tf32", tf32))
+    kept = [(holder, name, _setting_of(holder, name)) for holder, name, _ in settings]
     try:
         for holder, name, value in settings:
             setattr(holder, name, value)
@@ -183,3 +221,21 @@ def _arithmetic(*, tf32: bool) -> Iterator[None]:
     finally:
         for holder, name, value in kept:
             setattr(holder, name, value)
+
+
+def _has_older_setting() -> bool:
+    """Whether torch tells it; it does not where a program has set only one of both."""
+    try:
+        return isinstance(torch.backends.cudnn.allow_tf32, bool)
+    except RuntimeError:
+        return False
+
+
+def _setting_of(holder: Any, name: str) -> Any:
+    """Return a setting as it can be put back.
+
+    Torch does not tell whether the precision of matrix products is their own or the one of all; "none" lets them follow.
+    """
+    value = getattr(holder, name)
+    follows = holder is torch.backends.cuda.matmul and value == getattr(torch.backends, name, None)
+    return "none" if follows else value

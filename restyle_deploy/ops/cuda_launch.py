@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restyle_deploy.ops.kernels.launches import Launch
 from restyle_deploy.ops.launching import enqueue
-from restyle_deploy.runtime.device import current_context, primary_context
+from restyle_deploy.runtime.device import cuda_core_errors, current_context, primary_context
 
 
 def run(launch: Launch, inputs: Sequence[Tensor | None], y: Tensor) -> None:
@@ -21,8 +21,9 @@ def run(launch: Launch, inputs: Sequence[Tensor | None], y: Tensor) -> None:
         y: is written.
     Raises:
         BackendUnavailableError, BuildError: as `compile_kernels`.
+        DeviceError: the driver refuses the launch, or work before it failed.
     """
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
     # Torch's own scope does nothing in a thread whose device it is already, though no context may be current there yet.
-    with current_context(primary_context(y.device.index)):
+    with current_context(primary_context(y.device.index)), cuda_core_errors(str(y.device)):
         enqueue(launch, addresses, y.data_ptr(), stream=torch.cuda.current_stream(y.device).cuda_stream)

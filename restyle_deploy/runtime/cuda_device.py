@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -80,8 +81,9 @@ class CudaDevice:
         self.name, self._index = f"cuda:{index}", index
         self._context = primary_context(index)
         with current_context(self._context), unaffected_by_captures(), cuda_core_errors(self.name):
-            self._stream = cuda.new_stream(index)
-        self.stream = int(self._stream.handle)
+            stream = cuda.take_stream(index)
+        self.stream = int(stream.handle)
+        weakref.finalize(self, cuda.give_stream_back, index, stream)
         self._is_capturing = self._is_closed = False
         self._scratch_bytes = 0
         self._scratch: CudaBlock | None = None

@@ -9,6 +9,7 @@ which needs no device). It imports nothing of the package but errors, so that ke
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ REMEDY = "where memory lacks, a smaller max_batch needs less; after a failed lau
 LEGACY_STREAM = 1
 # Handles that mean a default stream: the legacy one by its two, and that of each thread.
 DEFAULT_STREAMS = (0, 1, 2)
+NO_DRIVER = "there is no NVIDIA driver"
 NEEDED = "the CUDA kernels need {}, which is not installed; run: pip install 'restyle-deploy[cuda]'"
+
+_IDLE_STREAMS: defaultdict[int, list[Any]] = defaultdict(list)
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -152,15 +156,17 @@ def order_streams(first: int, later: int, *, context: int) -> None:
 def find_devices() -> tuple[tuple[str, ...], str]:
     """Return the GPUs, `cuda:0` and so on, and why there is none where there is none."""
     try:
-        from cuda.core import Device
+        import cuda.core  # noqa: F401
     except ModuleNotFoundError as error:
         return (), f"{error.name} is not installed; run: pip install 'restyle-deploy[cuda]'"
+    if driver_version() is None:
+        return (), NO_DRIVER
     try:
-        count = len(Device.get_all_devices())
-    except Exception as error:  # cuda-core's exceptions for a missing or failing driver have no common base
-        if type(error).__name__ == "DynamicLibNotFoundError":
-            return (), "there is no NVIDIA driver"
-        return (), str(error).partition("\n")[0] or type(error).__name__
+        # Not by cuda-core, which until version 1.1 counts the machine's and not those that the process may use.
+        call("cuInit", 0)
+        count = int(call("cuDeviceGetCount"))
+    except DeviceError as error:
+        return (), str(error)
     return tuple(f"cuda:{index}" for index in range(count)), "" if count else "the driver lists no GPU"
 
 
@@ -222,20 +228,32 @@ def check_gpu(index: int) -> None:
     """Raise `BackendUnavailableError` unless there are cuda-core, a driver and this GPU."""
     require_cuda_core()
     if driver_version() is None:
-        raise BackendUnavailableError(f"cuda:{index}: there is no NVIDIA driver on this machine")
+        raise BackendUnavailableError(f"cuda:{index}: {NO_DRIVER} on this machine")
     call("cuInit", 0)
     count = int(call("cuDeviceGetCount"))
     if index >= count:
         raise BackendUnavailableError(f"cuda:{index}: no such GPU, the driver has {count}")
 
 
-def new_stream(index: int) -> Any:
-    """Return a stream of cuda-core's on a device, which ends with the object; it does not wait for the legacy one."""
+def take_stream(index: int) -> Any:
+    """Return a stream of cuda-core's on a device, which nobody else uses; it does not wait for the legacy one.
+
+    Whoever is done with it gives it back: libraries keep memory for each stream that they have met, and never free it,
+    so that a new one for each session would lose that.
+    """
     from cuda.core import Device
 
     device = Device(index)
     device.set_current()
-    return device.create_stream()
+    try:
+        return _IDLE_STREAMS[index].pop()
+    except IndexError:
+        return device.create_stream()
+
+
+def give_stream_back(index: int, stream: Any) -> None:
+    """Take back what `take_stream` has returned; work that is still in it comes first for the next user."""
+    _IDLE_STREAMS[index].append(stream)
 
 
 @functools.lru_cache(maxsize=256)

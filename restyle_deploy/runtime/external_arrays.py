@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,8 @@ def view_external(source: Any, *, device_index: int, stream: int) -> DeviceArray
 
 def _view_by_dlpack(source: Any, *, device_index: int, stream: int) -> DeviceArray:
     try:
-        view = import_dlpack(source, stream=stream)
+        with _torch_on(source, device_index):
+            view = import_dlpack(source, stream=stream)
     except (BufferError, RuntimeError, NotImplementedError, TypeError) as error:  # a gradient, an element type
         raise TypeError(f"images: a {type(source).__name__} that cannot be read by DLPack: {error}") from error
     _check_contiguous(source, view.shape, view.strides)
@@ -60,6 +63,18 @@ def _view_by_dlpack(source: Any, *, device_index: int, stream: int) -> DeviceArr
         stream=stream,
         owner=(view.owner, source),
     )
+
+
+def _torch_on(source: Any, device_index: int) -> AbstractContextManager[Any]:
+    """Return a scope in which torch, where the source is its tensor, takes the array's device for the current one.
+
+    It remembers a device of its own for each thread, whatever context is current, and exports from no other.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(source, torch.Tensor):
+        return nullcontext()
+    scope: AbstractContextManager[Any] = torch.cuda.device(device_index)
+    return scope
 
 
 def _view_by_interface(source: Any, interface: Any, *, device_index: int, stream: int) -> DeviceArray:

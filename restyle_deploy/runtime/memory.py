@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 
 from restyle_deploy.bundle import Bundle
 from restyle_deploy.engines import GraphRecord
 from restyle_deploy.runtime.arena import AVERAGE_LATENT, State, aligned, place_arrays, state_shapes
 from restyle_deploy.runtime.base import Device
-from restyle_deploy.runtime.slots import ARENA_SLOTS, GivenMemory, Slot, Slots
+from restyle_deploy.runtime.slots import ARENA_SLOTS, Slot, Slots
 
 _FLOAT_BYTES = 4
 
@@ -37,7 +38,6 @@ class SessionMemory:
         shapes = state_shapes(bundle, graphs)
         self.shapes = {"image": shapes["image"], "latent": shapes[AVERAGE_LATENT], "current": shapes["current"]}
         self._input_bytes = sum(aligned(max_batch * nbytes) for nbytes in self._input_sizes(shapes["target"]))
-        self._device = device
         with ExitStack() as memory:
             places, state_bytes = place_arrays(shapes, max_batch)
             slot_bytes = Slot.nbytes(self.shapes, rows=max_batch, input_bytes=self._input_bytes)
@@ -48,7 +48,9 @@ class SessionMemory:
             memory.callback(pinned.close)
             self.state = State(device, block, places, bundle)
             given = [(block, state_bytes + index * slot_bytes, pinned, index * slot_bytes) for index in range(slots)]
-            first = [self._create_slot(max_batch, given=one) for one in given]
+            # Nothing here refers to this object: the device goes with the last of its users, and its stream to the next.
+            create = partial(Slot, device, shapes=self.shapes, input_bytes=self._input_bytes)
+            first = [create(rows=max_batch, given=one) for one in given]
             kept = memory.pop_all()
 
             def release() -> None:
@@ -58,15 +60,12 @@ class SessionMemory:
                     device.close()
 
             # Results that callers hold on the device keep the memory, and the device with it.
-            self.slots = Slots(first, self._create_slot, release=release)
+            self.slots = Slots(first, lambda rows: create(rows=rows), release=release)
 
     def close(self) -> None:
         """Release all, at once or when the last lease ends; nothing may be in flight. Safe to call twice."""
         self.state.close()
         self.slots.close()
-
-    def _create_slot(self, rows: int, *, given: GivenMemory | None = None) -> Slot:
-        return Slot(self._device, rows=rows, shapes=self.shapes, input_bytes=self._input_bytes, given=given)
 
     def _input_sizes(self, target: tuple[int, ...]) -> tuple[int, ...]:
         """Return the bytes of an image, prepared or a photo as large as what is rendered, and of where it starts."""

@@ -100,7 +100,7 @@ def open_deployment(deployment: Deployment, *, is_compiled: bool = False) -> Ope
     with ExitStack() as opened:
         device = open_device(options.device)
         opened.callback(device.close)
-        with _weights_of(bundle, engine) as weights:
+        with _weights_of(bundle, engine) as weights, device.unaffected_by_captures():
             graphs = load_graphs(module, records, on_device(options, device), weights)
         opened.pop_all()  # the session closes the device
     return Opened(bundle=bundle, graphs=graphs, description=description, batches=batches, device=device)

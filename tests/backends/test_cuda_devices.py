@@ -25,6 +25,25 @@ def test_gpu_of_this_machine(host_driver: HostDriver, capability: str, processor
     assert run.output == f"(('cuda:0',), '');{processor};Host stand-in\n"
 
 
+def test_gpus_are_counted_as_the_process_may_use_them(host_driver: HostDriver) -> None:
+    """Cuda-core 1.0 and 1.1 count those of the machine."""
+    script = """
+from cuda.core import Device
+Device.get_all_devices = None
+print(find_devices())
+"""
+    assert host_driver.run(IMPORT + script).output == "(('cuda:0',), '')\n"
+
+
+def test_driver_that_refuses_to_start_says_why(host_driver: HostDriver) -> None:
+    script = """
+from cuda.bindings import driver
+driver.cuInit = lambda flags: (driver.CUresult.CUDA_ERROR_SYSTEM_DRIVER_MISMATCH,)
+print(find_devices())
+"""
+    assert host_driver.run(IMPORT + script).output == "((), 'cuInit: CUDA_ERROR_SYSTEM_DRIVER_MISMATCH')\n"
+
+
 def test_device_is_current_for_so_long(host_driver: HostDriver) -> None:
     script = """
 from cuda.bindings import driver

@@ -190,6 +190,8 @@ class RecordedCuda:
         self.entered: list[str] = []
         self.pools: list[weakref.ref[Any]] = []
         self.allocated_in: list[list[str]] = []
+        self.is_capturing = False
+        self.emptied = 0
 
     def ExternalStream(self, handle: int, *, device: int) -> str:  # noqa: N802 - torch's name
         return f"stream {handle} of {device}"
@@ -208,6 +210,13 @@ class RecordedCuda:
     def use_mem_pool(self, pool: Any, index: int) -> Any:
         return self._scope(f"pool {[one() for one in self.pools].index(pool)} on {index}")
 
+    def is_current_stream_capturing(self) -> bool:
+        assert self.active[-1].startswith("stream 77")
+        return self.is_capturing
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
     @contextmanager
     def _scope(self, name: str) -> Iterator[None]:
         self.active.append(name)
@@ -220,6 +229,9 @@ class RecordedCuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
     recorded = RecordedCuda()
     monkeypatch.setattr(torch, "cuda", recorded)
+    monkeypatch.setattr(pytorch_execution, "_WORKSPACES", {})
+    monkeypatch.setattr(pytorch_execution, "primary_context", lambda index: index)
+    monkeypatch.setattr(pytorch_execution, "current_context", lambda context: recorded._scope(f"context {context}"))
     create = torch.ones
 
     def ones(*shape: int, device: str) -> torch.Tensor:
@@ -237,6 +249,7 @@ def arithmetic() -> tuple[Any, ...]:
         cudnn.benchmark,
         cudnn.deterministic,
         pytorch_execution._CONVOLUTIONS.fp32_precision,
+        pytorch_execution._RECURRENT.fp32_precision,
         torch.backends.cuda.matmul.fp32_precision,
     )
 
@@ -248,10 +261,22 @@ def test_gpu_runs_are_on_the_sessions_stream_and_from_its_pool(
     execution = CudaExecution(RunnerOptions(device="cuda:1", precision=precision, queue=RecordedQueue()))
     kept = arithmetic()
     with execution.scope():
-        assert cuda.active == ["device 1", "stream 77 of 1", "pool 0 on 1"]
-        assert arithmetic() == (True, True, convolutions, "ieee")
+        assert cuda.active == ["context 1", "device 1", "stream 77 of 1", "pool 1 on 1"]
+        assert arithmetic() == (True, True, convolutions, convolutions, "ieee")
+        assert torch.backends.cudnn.allow_tf32 == (convolutions == "tf32")  # torch refuses to tell what is mixed
     assert cuda.active == []
     assert arithmetic() == kept
+
+
+def test_precision_of_all_stays_the_one_of_matrix_products() -> None:
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.fp32_precision = precision
+            with pytorch_execution._arithmetic(tf32=False):
+                assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == precision
+    finally:
+        torch.backends.fp32_precision = "none"
 
 
 def test_settings_come_back_after_an_error(cuda: RecordedCuda) -> None:
@@ -289,6 +314,28 @@ def test_what_the_gpu_refuses_during_a_run_is_a_device_error(error: RuntimeError
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_run_takes_what_torch_keeps_elsewhere_where_memory_lacks(cuda: RecordedCuda, is_capturing: bool) -> None:
+    cuda.is_capturing = is_capturing
+    calls = []
+
+    def lack_once() -> tuple[()]:
+        calls.append(cuda.emptied)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ()
+
+    execution = CudaExecution(RunnerOptions(device="cuda:0", queue=RecordedQueue()))
+    run = pytorch._BoundRun(lack_once, execution, [], [], ())
+    if is_capturing:
+        with pytest.raises(DeviceError, match="out of memory"):
+            run()
+        assert calls == [0]
+    else:
+        run()
+        assert calls == [0, 1]
+
+
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     "error",
@@ -309,25 +356,26 @@ def test_graphs_on_one_queue_share_a_pool_that_goes_with_it(cuda: RecordedCuda) 
     for execution in executions:
         with execution.scope():
             pass
-    assert [name for name in cuda.entered if name.startswith("pool")] == ["pool 0 on 0", "pool 0 on 0", "pool 1 on 0"]
-    del executions[:2]
+    assert [name for name in cuda.entered if name.startswith("pool")] == ["pool 1 on 0", "pool 1 on 0", "pool 2 on 0"]
+    del executions[:2], execution
     gc.collect()
-    assert [pool() is None for pool in cuda.pools] == [True, False]
+    assert [pool() is None for pool in cuda.pools] == [False, True, False]
     assert (first.stream, second.stream) == (77, 77)  # queues that are alive
     again = CudaExecution(RunnerOptions(device="cuda:0", queue=first))
-    assert len(cuda.pools) == 3
+    assert len(cuda.pools) == 4
     with again.scope():
-        assert cuda.active[-1] == "pool 2 on 0"
+        assert cuda.active[-1] == "pool 3 on 0"
 
 
-def test_what_cublas_keeps_comes_from_the_pool(cuda: RecordedCuda) -> None:
-    """Torch may free it while CUDA graphs use it: then only our own runs may be given the memory."""
-    queue = RecordedQueue()
-    for _ in range(2):
-        CudaExecution(RunnerOptions(device="cuda:1", queue=queue))
-    executions = [CudaExecution(RunnerOptions(device="cuda:1", queue=queue)) for _ in range(2)]
-    assert cuda.allocated_in == [["device 1", "stream 77 of 1", f"pool {index} on 1"] for index in range(3)]
-    assert executions[0]._pool is executions[1]._pool
+def test_what_cublas_keeps_for_a_stream_has_a_pool_of_its_own(cuda: RecordedCuda) -> None:
+    """Torch may free it while CUDA graphs use it: then nobody else may be given the memory."""
+    for queue in (RecordedQueue(), RecordedQueue()):  # of one stream, which the second session takes over
+        executions = [CudaExecution(RunnerOptions(device="cuda:1", queue=queue)) for _ in range(2)]
+        assert executions[0]._pool is executions[1]._pool
+    assert cuda.allocated_in == [["context 1", "device 1", "stream 77 of 1", "pool 0 on 1"]]
+    del executions
+    gc.collect()
+    assert [pool() is None for pool in cuda.pools] == [False, True, True]
 
 
 def test_memory_of_runs_goes_when_the_runner_is_closed(cuda: RecordedCuda) -> None:
@@ -338,7 +386,7 @@ def test_memory_of_runs_goes_when_the_runner_is_closed(cuda: RecordedCuda) -> No
     runner.close()
     runner.close()
     gc.collect()
-    assert [pool() for pool in cuda.pools] == [None]
+    assert [pool() is None for pool in cuda.pools] == [False, True]  # the first one is cuBLAS's
     with pytest.raises(ValueError, match="the runner is closed"):
         runner.bind({})
 

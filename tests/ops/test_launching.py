@@ -121,6 +121,24 @@ thread.join()
     assert len(run.named("cuLaunchKernelEx")) == 1
 
 
+def test_a_refused_launch_for_torch_is_a_device_error(host_driver: HostDriver) -> None:
+    script = f"""
+from types import SimpleNamespace
+import torch
+from restyle_deploy.errors import DeviceError
+from restyle_deploy.ops.cuda_launch import run
+from restyle_deploy.ops.kernels.launches import Launch
+
+torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0xBAD)
+try:
+    run({LAUNCHES["fused_bias_act"]!r}, [None] * 5, SimpleNamespace(device=torch.device("cuda:0"), data_ptr=lambda: 0))
+except DeviceError as error:
+    print(error)
+"""
+    run = host_driver.run(script, parameters=PARAMETERS["fused_bias_act"])
+    assert run.output.startswith("cuda:0: the driver refuses: CUDA_ERROR_")
+
+
 def test_a_stream_is_wrapped_once() -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     stream = wrap_stream(7)

@@ -51,6 +51,29 @@ def refusal(source):
 """
 
 
+def test_torch_exports_from_the_device_that_it_takes_for_the_current_one(host_driver: HostDriver) -> None:
+    script = """
+import contextlib
+import sys
+from types import SimpleNamespace
+
+entered = []
+
+@contextlib.contextmanager
+def on(index):
+    entered.append(index)
+    yield
+    entered.append("left")
+
+sys.modules["torch"] = SimpleNamespace(Tensor=ByDlpack, cuda=SimpleNamespace(device=on))
+device.external_array(ByDlpack(array))
+print(entered)
+device.external_array(ByInterface())
+print(len(entered))
+"""
+    assert run(host_driver, START, script).output == "[0, 'left']\n2\n"
+
+
 def test_a_view_of_a_callers_array_copies_nothing_and_keeps_it(host_driver: HostDriver) -> None:
     script = """
 makers = (

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from restyle_deploy.bundle import AVERAGE_IMAGE, EXPECTATION, LATENT_AVG, MANIFE
 from restyle_deploy.errors import BackendUnavailableError, BuildError, BundleError
 from restyle_deploy.files import sha256_of_file
 from restyle_deploy.runtime import opening as opening_module
+from restyle_deploy.runtime.host_device import HostDevice
 from tests.bundles import PLAN, add_engine, replace_array
 from tests.fakes import VERSIONS, Buffers, FakeBackend, describe_target, encode, encode_features, generate, preview
 
@@ -55,6 +58,31 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(manifest, "sha256_of_file", note)
     return files
+
+
+def test_graphs_are_loaded_whatever_others_capture(
+    bundle: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries allocate and wait meanwhile, which would spoil a capture of another thread, and fail."""
+    active: list[str] = []
+    loaded: list[bool] = []
+    load = backend.load
+
+    @contextmanager
+    def scope(self: HostDevice) -> Iterator[None]:
+        active.append("here")
+        yield
+        active.pop()
+
+    def note(*arguments: Any) -> Any:
+        loaded.append(bool(active))
+        return load(*arguments)
+
+    monkeypatch.setattr(HostDevice, "unaffected_by_captures", scope)
+    monkeypatch.setattr(backend, "load", note)
+    Session.open(bundle).close()
+    assert loaded == [True, True]
+    assert active == []
 
 
 def loaded_files(backend: FakeBackend) -> set[Path]:

@@ -181,7 +181,7 @@ gc.collect()
     assert counts["cuMemAllocHost"] == counts["cuMemFreeHost"] > 0
     assert counts["cuGraphInstantiateWithFlags"] == counts["cuGraphExecDestroy"] > 0
     assert counts["cuEventCreate"] == counts["cuEventDestroy"]
-    assert counts["cuStreamCreateWithPriority"] == counts["cuStreamDestroy"] == 200
+    assert counts["cuStreamCreateWithPriority"] == 1  # they take turns with it
 
 
 LAZY = """
