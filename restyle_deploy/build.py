@@ -1,5 +1,6 @@
 """A bundle's graphs -> an engine in the bundle: rewritten by a plan, prepared by a backend, verified."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,7 +16,14 @@ from restyle_deploy.building import DEFAULT_SECONDS as DEFAULT_SECONDS
 from restyle_deploy.building import Building, BuiltGraphs
 from restyle_deploy.building import BuildOptions as BuildOptions
 from restyle_deploy.bundle import Bundle, EngineRecord, open_bundle, write_engine
-from restyle_deploy.engines import CACHE_SUFFIX, ENGINES, Batches, batches_of_build, engine_directory
+from restyle_deploy.engines import (
+    CACHE_SUFFIX,
+    ENGINES,
+    Batches,
+    batches_of_build,
+    describe_engine,
+    engine_directory,
+)
 from restyle_deploy.errors import BackendUnavailableError, VerificationError
 from restyle_deploy.files import (
     hold_lock,
@@ -30,6 +38,9 @@ from restyle_deploy.runtime.session import Session
 from restyle_deploy.verify import check_parity, compare_with_expectation, load_expectation
 from restyle_deploy.workbench import Workbench
 
+LOGGER = logging.getLogger(__name__)
+_HOST = "cpu"
+
 
 def build_engine(
     bundle: Path, options: BuildOptions, *, progress: Callable[[str], None] = lambda stage: None
@@ -42,19 +53,23 @@ def build_engine(
         progress: called with a few words as each stage begins.
     Returns:
         The record that the bundle now has; `build["verified"]` says whether the engine could run here, and was compared
-        with the reference model. An engine for the same backend, device and precision is replaced.
+        with the reference model. An engine for the same backend, device and precision is replaced; the log warns of
+        one that is for other processors or was built with other options.
     Raises:
         BundleError: see `open_bundle`.
-        BackendUnavailableError: the backend's library is not installed, the device or precision cannot run here, or the
-            backend lacks an option.
+        BackendUnavailableError: the backend's library is not installed, or the device or precision cannot run here.
         BuildError: the backend refuses a graph.
         VerificationError: the engine does not compute what the reference model computes.
-        ValueError: no such backend, fewer than one thread, or options that contradict each other.
+        ValueError: no such backend, fewer than one thread, an option that the backend lacks or that means nothing
+            without another, or options that contradict each other.
     After an error the bundle is as it was, except that the times measured so far are kept beside its engines.
     """
     backend, target = _check_options(options)
     progress("checking the bundle")
     opened = open_bundle(bundle)
+    former = _former_engine(opened, options)
+    if former is not None and _is_other(former, options, target):
+        LOGGER.warning("this build replaces %s", describe_engine(former))
     with _working_directory(opened.path) as working:
         built = Building(opened, backend, options, target=target, progress=progress).build(working)
         if target.refusal is None:
@@ -84,14 +99,14 @@ def describe_build(
     opened = open_bundle(bundle)
     building = Building(opened, backend, options, target=target, progress=progress)
     key = _key_of(options)
-    directory = engine_directory(opened.path, **key)
+    former = _former_engine(opened, options)
     return {
         **key,
-        "directory": str(directory),
-        "replaces": directory.exists(),
+        "directory": str(engine_directory(opened.path, **key)),
+        "replaces": None if former is None else describe_engine(former),
         "libraries": dict(backend.library_versions()),
         "processor": target.processor,
-        "batch": backend.ENGINE_BATCH,
+        **({} if "profile" in target.facts else {"batch": backend.ENGINE_BATCH}),
         "verification": target.refusal or "on this machine",
         "build": dict(target.facts),
         **building.describe(),
@@ -101,13 +116,28 @@ def describe_build(
 def _check_options(options: BuildOptions) -> tuple[Backend, BuildTarget]:
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"threads is {options.threads}, expected at least 1")
+    if options.seconds != DEFAULT_SECONDS and not options.tune:
+        raise ValueError("--seconds is the time for --tune and --retune; add one of them, or leave it out")
     backend = load_backend(options.backend)
     target = backend.check_build(options.runner, options.engine)
+    if options.threads is not None and options.runner.device != _HOST:
+        raise ValueError(f"--threads is for engines on the CPU, this one is for {options.runner.device}; leave it out")
     if options.tune and target.refusal is not None:
         raise BackendUnavailableError(
             f"backend {options.backend}: --tune measures on the device, but {target.refusal}; leave it out"
         )
     return backend, target
+
+
+def _former_engine(bundle: Bundle, options: BuildOptions) -> EngineRecord | None:
+    """Return the engine that a build replaces; a damaged record is none."""
+    key = tuple(_key_of(options).values())
+    return next((engine for engine in bundle.engines if engine.key == key), None)
+
+
+def _is_other(engine: EngineRecord, options: BuildOptions, target: BuildTarget) -> bool:
+    """Whether an engine is for other processors than a build, or has other options."""
+    return engine.processor != target.processor or engine.build.get("options", []) != options.arguments
 
 
 def _key_of(options: BuildOptions) -> dict[str, str]:

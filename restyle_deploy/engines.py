@@ -181,7 +181,21 @@ def build_command(bundle: Path, *, backend: str, device: str, precision: str, ot
     options = "" if device == "cpu" else f" --device {device}"
     options += "" if precision == "fp32" else f" --precision {precision}"
     options += "".join(f" {shlex.quote(text)}" for text in others)
-    return f"restyle-deploy build {shlex.quote(str(bundle))} --backend {backend}{options}"
+    return f"restyle-deploy build {quote_path(bundle)} --backend {backend}{options}"
+
+
+def quote_path(path: Path) -> str:
+    """Return a path as a command in a message has it: quoted for a shell, and never like an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def describe_engine(engine: EngineRecord) -> str:
+    """Return what an engine is for, and the options that it was built with, for messages."""
+    profile, options = engine.build.get("profile"), engine.build.get("options")
+    batches = f", batches {profile['min']} to {profile['max']}" if profile else ""
+    built = f", built with {shlex.join(options)}" if options else ""
+    return f"the engine for {engine.processor}{batches}{built}"
 
 
 def engine_as_json(engine: EngineRecord, bundle: Path) -> dict[str, Any]:

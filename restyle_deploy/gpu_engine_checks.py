@@ -41,16 +41,17 @@ def check_engines(bundle: Path, *, backend: str) -> str:
         bundle: a bundle's directory.
         backend: `tensorrt` or `tensorrt-rtx`.
     Returns:
-        What was found of each.
+        What was found of each that the library has the options for.
     Raises:
         BackendUnavailableError: none can be built here.
         VerificationError: one failed; the message has all of them.
     """
-    load_backend(backend)
+    known = load_backend(backend).ENGINE_OPTIONS
     from restyle_deploy.build import BuildOptions
 
     checks: dict[str, Callable[[Path], str]] = {}
-    for name, (precision, engine, route) in WAYS.items():
+    ways = {name: way for name, way in WAYS.items() if known >= set(way[1].given)}
+    for name, (precision, engine, route) in ways.items():
         options = BuildOptions(backend=backend, device=DEVICE, precision=precision, engine=engine, plugin_route=route)
         checks[name] = functools.partial(_build_and_verify, options=options)
     checks["batches"] = functools.partial(

@@ -473,7 +473,7 @@ def unchanged(request: pytest.FixtureRequest, bundle: Path, table_bundle: Path) 
 def test_failing_build_changes_nothing(unchanged: Path, spy: SpyBackend, error: BaseException, tuned: bool) -> None:
     fail_in_build(spy, error)
     with pytest.raises(type(error)):
-        build_engine(unchanged, options(tune=tuned, seconds=0))
+        build_engine(unchanged, options(tune=True, seconds=0) if tuned else options())
 
 
 def test_wrong_engine_changes_nothing(unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,6 +535,8 @@ def test_engines_that_is_no_folder_is_refused(bundle: Path) -> None:
         ({"threads": 0}, ValueError, "threads is 0, expected at least 1"),
         ({"precision": "bf16"}, BackendUnavailableError, "precision bf16 cannot run here"),
         ({"device": "abacus"}, BackendUnavailableError, "device 'abacus' cannot run here"),
+        ({"seconds": 7.0}, ValueError, "--seconds is the time for --tune and --retune; add one of them, or leave it"),
+        ({"engine": EngineOptions(max_batch=4)}, ValueError, "onnxruntime has no --max-batch, nor any other option"),
     ],
     ids=str,
 )
@@ -748,8 +750,8 @@ def test_arguments_are_those_of_the_command_line() -> None:
 def test_cpu_backends_refuse_what_they_have_not(toy_bundle: Path, backend: str) -> None:
     pytest.importorskip(backend)
     engine = EngineOptions(max_batch=4, stripped=True)
-    expected = f"backend {backend} has no --max-batch, --stripped; it has no such option"
-    with pytest.raises(BackendUnavailableError, match=expected):
+    expected = f"^backend {backend} has no --max-batch, --stripped, nor any other option of engines; leave out what"
+    with pytest.raises(ValueError, match=expected):
         build_engine(toy_bundle, BuildOptions(backend=backend, engine=engine))
 
 
@@ -793,7 +795,7 @@ def test_dry_run_tells_what_would_be_built_and_changes_nothing(
     assert facts["plan"] == built.plan
     assert (facts["backend"], facts["device"], facts["precision"]) == built.key
     assert facts["directory"] == str(bundle / "engines" / "onnxruntime-cpu-fp32")
-    assert (facts["replaces"], facts["verification"]) == (False, "on this machine")
+    assert (facts["replaces"], facts["verification"], facts["batch"]) == (None, "on this machine", None)
     assert {role: graph["file"] for role, graph in facts["graphs"].items()} == {
         role: f"{role}.onnx" for role in built.graphs
     }
@@ -810,7 +812,69 @@ def test_dry_run_tells_of_former_measurements(bundle: Path, spy: SpyBackend) -> 
 
 def test_dry_run_tells_what_is_replaced(table_bundle: Path, unverifiable: SpyBackend) -> None:
     facts = describe_build(table_bundle, options())
-    assert (facts["replaces"], facts["verification"], facts["processor"]) == (True, NO_GPU, "sm_89")
+    (engine,) = read_bundle(table_bundle).engines
+    assert facts["replaces"] == f"the engine for {engine.processor}"
+    assert (facts["verification"], facts["processor"]) == (NO_GPU, "sm_89")
+
+
+def test_dry_run_tells_of_a_profile_instead_of_a_batch(bundle: Path, spy: SpyBackend) -> None:
+    spy.target = replace(spy.target, facts={"profile": {"min": 1, "opt": 1, "max": 8}})
+    facts = describe_build(bundle, options())
+    assert "batch" not in facts
+    assert facts["build"]["profile"]["max"] == 8
+
+
+# What a build replaces
+
+
+@pytest.mark.parametrize(
+    ("changes", "processor", "is_told"),
+    [
+        ({}, "sm_89", False),
+        ({"engine": EngineOptions(max_batch=4)}, "sm_89", True),
+        ({"threads": 2}, "sm_89", True),
+        ({}, "sm_80 or sm_120", True),
+    ],
+    ids=str,
+)
+def test_another_engine_that_is_replaced_is_told(
+    bundle: Path,
+    unverifiable: SpyBackend,
+    caplog: pytest.LogCaptureFixture,
+    changes: Mapping[str, Any],
+    processor: str,
+    is_told: bool,
+) -> None:
+    profile = {"profile": {"min": 1, "opt": 2, "max": 8}}
+    unverifiable.target = replace(unverifiable.target, facts=profile)
+    build_engine(bundle, options())
+    assert "replaces" not in caplog.text
+    unverifiable.target = replace(unverifiable.target, processor=processor)
+    assert describe_build(bundle, options(**changes))["replaces"] == FORMER
+    assert "replaces" not in caplog.text
+    build_engine(bundle, options(**changes))
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ([f"this build replaces {FORMER}"] if is_told else [])
+
+
+FORMER = "the engine for sm_89, batches 1 to 8, built with --threads 1"
+
+
+def test_engine_of_another_key_is_not_replaced(bundle: Path, unverifiable: SpyBackend) -> None:
+    build_engine(bundle, options())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unverifiable, "check_build", lambda *_: unverifiable.target)
+        assert describe_build(bundle, options(precision="bf16"))["replaces"] is None
+
+
+def test_threads_mean_nothing_on_a_gpu(bundle: Path, unverifiable: SpyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unverifiable, "check_build", lambda *_: unverifiable.target)
+    before = content_of(bundle)
+    for build in (build_engine, describe_build):
+        with pytest.raises(ValueError, match="--threads is for engines on the CPU, this one is for cuda:0; leave it"):
+            build(bundle, options(device="cuda:0"))
+    assert content_of(bundle) == before
+    assert describe_build(bundle, options(device="cuda:0", threads=None))["replaces"] is None
 
 
 # Several builds

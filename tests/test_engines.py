@@ -19,7 +19,14 @@ from restyle_deploy.bundle import (
     read_bundle,
     write_engine,
 )
-from restyle_deploy.engines import ENGINES, build_command, engine_as_json, engine_directory, join_processors
+from restyle_deploy.engines import (
+    ENGINES,
+    build_command,
+    engine_as_json,
+    engine_directory,
+    join_processors,
+    quote_path,
+)
 from restyle_deploy.errors import BundleError
 from tests.bundles import PLAN, add_engine, edit_manifest
 
@@ -138,6 +145,16 @@ def test_directory_names_backend_device_and_precision() -> None:
 def test_command_has_the_options_that_are_needed(device: str, precision: str, options: str) -> None:
     command = build_command(Path("faces"), backend="openvino", device=device, precision=precision)
     assert command == f"restyle-deploy build faces --backend openvino{options}"
+
+
+@pytest.mark.parametrize(
+    ("path", "quoted"),
+    [("faces", "faces"), ("my faces", "'my faces'"), ("-faces", "./-faces"), ("--help", "./--help"), ("/-a", "/-a")],
+)
+def test_path_in_a_command_is_read_as_one(path: str, quoted: str) -> None:
+    assert quote_path(Path(path)) == quoted
+    command = build_command(Path(path), backend="openvino", device="cpu", precision="fp32")
+    assert command == f"restyle-deploy build {quoted} --backend openvino"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import restyle_deploy.build
 import restyle_deploy.verify
 from restyle_deploy import gpu_checks, gpu_engine_checks, gpu_kernel_checks
+from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX
 from restyle_deploy.build import BuildOptions, build_engine
 from restyle_deploy.cli.doctor import doctor
 from restyle_deploy.errors import BackendUnavailableError, BuildError, VerificationError
@@ -79,7 +80,8 @@ class Build:
 def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     """Let engines be built and verified by the returned object, whatever the library."""
     made = Build(facts={"verified": True, "plugin_route": "aot"})
-    monkeypatch.setattr(gpu_engine_checks, "load_backend", lambda name: None)
+    options = {"tensorrt": TENSORRT.options, "tensorrt-rtx": TENSORRT_RTX.options}
+    monkeypatch.setattr(gpu_engine_checks, "load_backend", lambda name: SimpleNamespace(ENGINE_OPTIONS=options[name]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(restyle_deploy.build, "build_engine", made.build_engine)
     monkeypatch.setattr(restyle_deploy.verify, "verify_bundle", made.verify_bundle)
@@ -180,7 +182,8 @@ def test_engines_are_built_from_a_copy_and_opened_again(build: Build) -> None:
         (options.backend, options.precision, options.engine.given, options.plugin_route) for options, _ in build.built
     ]
     each = [(precision, engine.given, route) for precision, engine, route in gpu_engine_checks.WAYS.values()]
-    assert asked == [(backend, *one) for backend in ("tensorrt", "tensorrt-rtx") for one in each]
+    of_rtx = [one for one in each if not {"hardware_compatible", "version_compatible"} & set(one[1])]
+    assert asked == [*(("tensorrt", *one) for one in each), *(("tensorrt-rtx", *one) for one in of_rtx)]
     assert all(path != DEMO and not path.exists() for _, path in build.built)
     assert {options.device for options, _ in build.built} == {"cuda:0"}
     detail = report.outcomes["tensorrt"].detail

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from restyle_deploy.device_array import Array
-from restyle_deploy.errors import BackendUnavailableError, ShapeError
+from restyle_deploy.errors import ShapeError
 from restyle_deploy.tensors import TensorSpec
 
 EXACT_PRECISION = "fp32"
@@ -21,6 +21,8 @@ _MIXED: Mapping[str, str] = MappingProxyType(
 )
 # The graphs that see images; `target` is the part of an encoder that sees only the target.
 ENCODER_ROLES = frozenset({"encoder", "target"})
+# Of one run: no GPU's memory holds the maps of more, and from 2³¹ on TensorRT's bindings end in errors of their own.
+MOST_IMAGES = 65535
 # The plugin route of an engine that has none of our kernels.
 WITHOUT_PLUGINS = "functions"
 # Names of `EngineOptions` on a command line.
@@ -245,9 +247,8 @@ class Backend(Protocol):
         """Find out, without a graph, whether engines can be built here with these options, and what they will be for.
 
         Raises:
-            BackendUnavailableError: see `check_options`, though some libraries build for a device that is not here; or
-                an option that this library does not have.
-            ValueError: options that contradict each other.
+            BackendUnavailableError: see `check_options`, though some libraries build for a device that is not here.
+            ValueError: an option that this library does not have, or options that contradict each other.
         """
         ...
 
@@ -302,14 +303,12 @@ class Backend(Protocol):
 
 
 def refuse_engine_options(backend: str, engine: EngineOptions, taken: frozenset[str]) -> None:
-    """Raise `BackendUnavailableError` if options are given that a backend does not take."""
+    """Raise `ValueError` if options are given that a backend does not take."""
     unknown = [name for name in engine.given if name not in taken]
     if unknown:
-        options = ", ".join(f"--{OPTION_NAMES[name]}" for name in unknown)
-        raise BackendUnavailableError(
-            f"backend {backend} has no {options}; it has "
-            f"{', '.join(f'--{OPTION_NAMES[name]}' for name in OPTION_NAMES if name in taken) or 'no such option'}"
-        )
+        known = ", ".join(f"--{name}" for option, name in OPTION_NAMES.items() if option in taken)
+        others = f"; it has {known}" if known else ", nor any other option of engines; leave out what it has not"
+        raise ValueError(f"backend {backend} has no {', '.join(f'--{OPTION_NAMES[name]}' for name in unknown)}{others}")
 
 
 def check_buffers(buffers: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:

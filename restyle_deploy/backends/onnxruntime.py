@@ -71,7 +71,7 @@ def processors(device: str) -> tuple[str, ...]:
 
 
 def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
-    """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
+    """Find out whether the options can run here; engines are for this processor. See `Backend.check_build`."""
     refuse_engine_options("onnxruntime", engine, ENGINE_OPTIONS)
     check_options(options)
     (processor,) = processors(options.device)

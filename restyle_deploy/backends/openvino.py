@@ -85,7 +85,7 @@ def check_options(options: RunnerOptions) -> None:
 
 
 def check_build(options: RunnerOptions, engine: EngineOptions) -> BuildTarget:
-    """Raise `BackendUnavailableError` unless the options can run here; engines are for this processor."""
+    """Find out whether the options can run here; engines are for this processor. See `Backend.check_build`."""
     refuse_engine_options("openvino", engine, ENGINE_OPTIONS)
     check_options(options)
     return BuildTarget(processor=describe_processor(), refusal=None, has_kernels=False, facts={})

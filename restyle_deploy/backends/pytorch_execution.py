@@ -234,7 +234,7 @@ def _has_older_setting() -> bool:
 def _setting_of(holder: Any, name: str) -> Any:
     """Return a setting as it can be put back.
 
-    Torch does not tell whether the precision of matrix products is their own or the one of all; "none" lets them follow.
+    Torch does not tell whether the precision of matrix products is their own or that of all; "none" lets them follow.
     """
     value = getattr(holder, name)
     follows = holder is torch.backends.cuda.matmul and value == getattr(torch.backends, name, None)

@@ -30,6 +30,7 @@ from restyle_deploy.backends.tensorrt_library import (
     DEFAULT_COMPUTE_CAPABILITIES,
     TENSORRT,
     TENSORRT_RTX,
+    TURING,
     Library,
     batches_of,
     check_precision,
@@ -46,6 +47,8 @@ from restyle_deploy.runtime.device import find_devices, find_name, find_processo
 from restyle_deploy.tensors import TensorSpec
 
 LOGGER = logging.getLogger(__name__)
+# That engines are built for on a machine without a GPU.
+_DEVICE_WITHOUT_GPU = "cuda:0"
 
 
 def tensorrt() -> "TensorRtBackend":
@@ -110,16 +113,22 @@ class TensorRtBackend:
         Raises:
             BackendUnavailableError: see there; TensorRT for RTX needs no device, but strips weights on one only, and
                 a GPU that it cannot build for needs others to be named.
-            ValueError: batches that are not in order.
+            ValueError: an option that the library lacks, options that contradict each other, batches that are not in
+                order, or a compute capability that it does not build for.
         """
         refuse_engine_options(self._library.backend, engine, self.ENGINE_OPTIONS)
         if engine.stripped and engine.version_compatible:
-            raise BackendUnavailableError(
-                f"backend {self._library.backend}: --stripped with --version-compatible cannot run here: a "
-                "version-compatible engine brings its own runtime, which cannot put weights back; leave out one of both"
+            raise ValueError(
+                f"backend {self._library.backend}: --stripped contradicts --version-compatible: a version-compatible "
+                "engine brings its own runtime, which cannot put weights back; leave out one of both"
             )
         batches = batches_of(engine)
         processors, refusal = self._targets(options, engine)
+        if engine.stripped and TURING in processors and len(processors) > 1:
+            raise ValueError(
+                f"backend {self._library.backend}: --stripped contradicts {TURING} beside other GPUs: weights have "
+                "other shapes there, and opening the engine puts them back by the GPU at hand; leave out one of both"
+            )
         route, plugin_hash = self._kernels(is_wanted=not engine.no_plugins, wanted=options.plugin_route)
         return BuildTarget(
             processor=self._processor_of_record(options.device, processors),
@@ -186,7 +195,8 @@ class TensorRtBackend:
         with _work_on(options) as folder:
             typed = None
             if weights is not None:
-                typed = self._typed_graph(weights, folder, options, DEFAULT_REQUEST.engine)
+                here = self.processors(options.device)
+                typed = self._typed_graph(weights, folder, options, DEFAULT_REQUEST.engine, processors=here)
             if file.suffix == ".onnx":
                 plan: Any = self._build_exported(file, folder, options)
             else:
@@ -224,10 +234,12 @@ class TensorRtBackend:
             processors=processors if self._library.builds_anywhere else (),
             timing_cache=timing_cache,
         )
-        typed = self._typed_graph(graph, folder, options, request.engine)
+        typed = self._typed_graph(graph, folder, options, request.engine, processors=processors)
         return Network(self._trt, typed, network_options, name=graph.name, progress=request.progress)
 
-    def _typed_graph(self, graph: Path, folder: Path, options: RunnerOptions, engine: EngineOptions) -> Path:
+    def _typed_graph(
+        self, graph: Path, folder: Path, options: RunnerOptions, engine: EngineOptions, *, processors: tuple[str, ...]
+    ) -> Path:
         from restyle_deploy.backends.tensorrt_network import write_typed_graph
 
         route = options.plugin_route or self._kernels(is_wanted=not engine.no_plugins)[0]
@@ -236,7 +248,15 @@ class TensorRtBackend:
             _plugins().register_plugins(self._trt, route)
             arch = f"sm_{AMPERE}" if engine.hardware_compatible else find_processor(options.device)
         most = batches_of(engine)[2]
-        return write_typed_graph(graph, folder, precision=options.precision, route=route, arch=arch, max_batch=most)
+        return write_typed_graph(
+            graph,
+            folder,
+            precision=options.precision,
+            route=route,
+            arch=arch,
+            max_batch=most,
+            is_for_turing=self._library.builds_anywhere and TURING in processors,
+        )
 
     def _kernels(self, *, is_wanted: bool, wanted: str | None = None) -> tuple[str, str | None]:
         """Return how our kernels come into engines, and their hash; "functions" and None where they do not.
@@ -279,10 +299,10 @@ class TensorRtBackend:
     def _check_device_of_target(self, device: str) -> None:
         """Raise `BackendUnavailableError` unless there is such a GPU or, where there is none, may be."""
         devices, _ = find_devices()
-        if re.fullmatch(r"cuda:\d+", device) is None or (devices and device not in devices):
+        if device not in (devices or (_DEVICE_WITHOUT_GPU,)):
+            available = ", ".join(devices) or f"none, but engines can be built for {_DEVICE_WITHOUT_GPU}"
             raise BackendUnavailableError(
-                f"backend {self._library.backend}: device {device!r} cannot run here; "
-                f"available: {', '.join(devices) or 'none, but engines can be built for cuda:0'}"
+                f"backend {self._library.backend}: device {device!r} cannot run here; available: {available}"
             )
 
     def _named_processors(self, device: str, engine: EngineOptions) -> tuple[str, ...]:

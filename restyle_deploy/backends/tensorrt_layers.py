@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from restyle_deploy.backends.tensorrt_interrupts import Interrupts
 from restyle_deploy.backends.tensorrt_library import (
     Messages,
     construct,
@@ -56,16 +57,10 @@ def layers_of_engine(trt: Any, plan: Any, *, host_code_allowed: bool) -> list[di
         host_code_allowed: see `RunnerOptions`.
     Raises:
         BuildError: the library does not take the engine, or tells the layers in a way that is not known.
+        KeyboardInterrupt: there was a Ctrl-C meanwhile.
     """
-    messages = Messages()
-    runtime = construct(trt, messages, trt.Runtime, create_logger(trt, messages))
-    runtime.engine_host_code_allowed = host_code_allowed
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BuildError(
-            f"{describe_library(trt)} refuses the engine that it built: {describe_errors(messages.errors)}"
-        )
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    with Interrupts().put_off():
+        text = _inspect(trt, plan, host_code_allowed=host_code_allowed)
     try:
         return [describe_inspected(layer) for layer in json.loads(text)["Layers"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -118,6 +113,18 @@ def write_layers(engine: Path, source: str, layers: list[dict[str, Any]]) -> Non
     """Write layers beside an engine's file; `source` says what they are of: `engine`, or `network`."""
     path = engine.with_suffix(LAYERS_SUFFIX)
     path.write_text(json.dumps({"of": source, "layers": layers}, indent=1) + "\n", encoding="utf-8")
+
+
+def _inspect(trt: Any, plan: Any, *, host_code_allowed: bool) -> str:
+    messages = Messages()
+    runtime = construct(trt, messages, trt.Runtime, create_logger(trt, messages))
+    runtime.engine_host_code_allowed = host_code_allowed
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(
+            f"{describe_library(trt)} refuses the engine that it built: {describe_errors(messages.errors)}"
+        )
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _format_and_type(output: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from restyle_deploy.backends.base import UNIFORM_PRECISIONS, EngineOptions
+from restyle_deploy.backends.base import MOST_IMAGES, UNIFORM_PRECISIONS, EngineOptions
 from restyle_deploy.errors import BackendUnavailableError, BuildError
 
 LOGGER = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 # From this compute capability on there are bfloat16 and TF32, and TensorRT's hardware compatibility.
 AMPERE = 80
 AMPERE_AND_NEWER = "sm_80+"
+# Where TensorRT for RTX takes other graphs; see `tensorrt_products`.
+TURING = "sm_75"
 _COMMON_OPTIONS = {"min_batch", "opt_batch", "max_batch", "workspace_bytes", "stripped", "no_plugins"}
 # How the message begins by which TensorRT for RTX tells the layers of an engine that it has built.
 LAYERS_HEADING = "Layers:"
@@ -64,13 +66,15 @@ def batches_of(engine: EngineOptions) -> tuple[int, int, int]:
     """Return the fewest images of one run, those to be fastest for, and the most.
 
     Raises:
-        ValueError: they are not in order.
+        ValueError: they are not in order, or too large.
     """
     least = engine.min_batch or DEFAULT_BATCHES[0]
     best = engine.opt_batch or max(least, min(DEFAULT_BATCHES[1], engine.max_batch or DEFAULT_BATCHES[1]))
     most = engine.max_batch or max(best, DEFAULT_BATCHES[2])
-    if not 1 <= least <= best <= most:
-        raise ValueError(f"the batches are {least}, {best} and {most}, expected 1 <= least <= best <= most")
+    if not 1 <= least <= best <= most <= MOST_IMAGES:
+        raise ValueError(
+            f"the batches are {least}, {best} and {most}, expected 1 <= least <= best <= most <= {MOST_IMAGES}"
+        )
     return least, best, most
 
 
@@ -78,8 +82,7 @@ def check_precision(library: Library, precision: str) -> None:
     """Raise `BackendUnavailableError` unless there is such a precision."""
     if precision not in UNIFORM_PRECISIONS:
         raise BackendUnavailableError(
-            f"backend {library.backend}: precision {precision} cannot run here: "
-            f"known are {', '.join(UNIFORM_PRECISIONS)}"
+            f"backend {library.backend} has no precision {precision}; it has {', '.join(UNIFORM_PRECISIONS)}"
         )
 
 
@@ -112,13 +115,13 @@ def named_processors(library: Library, trt: Any, capabilities: tuple[str, ...]) 
     """Return processors by their compute capabilities, each once.
 
     Raises:
-        BackendUnavailableError: the library builds for none such.
+        ValueError: the library builds for none such.
     """
     targets = list_targets(trt)
     unknown = [capability for capability in capabilities if capability not in targets]
     if unknown:
-        raise BackendUnavailableError(
-            f"backend {library.backend}: it cannot build for compute capability {', '.join(unknown)}; "
+        raise ValueError(
+            f"backend {library.backend} cannot build for compute capability {', '.join(map(repr, unknown))}; "
             f"it can for {', '.join(targets)}"
         )
     return tuple(targets[capability] for capability in dict.fromkeys(capabilities))

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from restyle_deploy.backends.base import WITHOUT_PLUGINS, EngineOptions
+from restyle_deploy.backends.tensorrt_interrupts import Interrupts
 from restyle_deploy.backends.tensorrt_layers import describe_layer, layers_of_log, node_of_layer
 from restyle_deploy.backends.tensorrt_library import (
     Messages,
@@ -21,6 +22,7 @@ from restyle_deploy.backends.tensorrt_library import (
     describe_library,
 )
 from restyle_deploy.backends.tensorrt_plugins import prepare_graph
+from restyle_deploy.backends.tensorrt_products import convolve_products
 from restyle_deploy.errors import BuildError
 from restyle_deploy.files import replace_when_complete
 from restyle_deploy.graph.precision import set_precision
@@ -30,6 +32,8 @@ from restyle_deploy.ops.onnx_functions import DOMAIN
 LOGGER = logging.getLogger(__name__)
 # How the libraries say that they have no way to compute a layer of these types and sizes.
 _NO_KERNEL = re.compile("could not find any implementation|no valid tactic|no low-precision", re.IGNORECASE)
+# And that what it works with does not fit into the memory that it may use.
+_NO_MEMORY = re.compile("OutOfMemory|Requested size was")
 # A phase of the builder is told at its beginning and after each such share of its steps.
 _TOLD_SHARE = 0.25
 _LEAST_TOLD_STEPS = 20
@@ -56,7 +60,14 @@ class NetworkOptions:
 
 
 def write_typed_graph(
-    graph: Path, folder: Path, *, precision: str, route: str, arch: str | None, max_batch: int
+    graph: Path,
+    folder: Path,
+    *,
+    precision: str,
+    route: str,
+    arch: str | None,
+    max_batch: int,
+    is_for_turing: bool = False,
 ) -> Path:
     """Write a graph as TensorRT takes it: typed, our operators as plugins or as their bodies' nodes, all named.
 
@@ -67,6 +78,7 @@ def write_typed_graph(
         route: see `tensorrt_plugins.register_plugins`.
         arch: that plugins' kernels are compiled for, "sm_89" style; None without plugins.
         max_batch: the most images of one run.
+        is_for_turing: whether matrix products have to be convolutions; see `convolve_products`.
     Raises:
         BuildError: it is no ONNX file, or so many images are too many for a plugin.
     """
@@ -81,6 +93,8 @@ def write_typed_graph(
     set_precision(model, precision)
     prepare_graph(model, route, arch=arch)  # type: ignore[arg-type]
     inline_functions(model)
+    if is_for_turing:
+        convolve_products(model)
     path = folder / f"{graph.stem}.typed.onnx"
     ir.save(model, path, external_data=f"{graph.stem}.typed.data")
     return path
@@ -164,9 +178,18 @@ class Network:
             progress: told the phases of a build.
         Raises:
             BuildError: the parser refuses the graph.
+            KeyboardInterrupt: there was a Ctrl-C meanwhile; so do `check` and `build`.
         """
         self._trt, self._options, self._name = trt, options, name
-        self._messages = Messages()
+        self._messages, self._interrupts = Messages(), Interrupts()
+        with self._interrupts.put_off():
+            self._parse(graph)
+            self._nodes = name_helpers(self._network)
+            self._monitor = _create_monitor(trt, progress, self._interrupts)
+            self._config = self._configure()
+
+    def _parse(self, graph: Path) -> None:
+        trt = self._trt
         logger = create_logger(trt, self._messages)
         self._builder = construct(trt, self._messages, trt.Builder, logger)
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
@@ -175,9 +198,6 @@ class Network:
         if not self._parser.parse_from_file(str(graph)):
             errors = [_describe_error(self._parser.get_error(index)) for index in range(self._parser.num_errors)]
             raise self._refusal(errors or self._messages.errors)
-        self._nodes = name_helpers(self._network)
-        self._monitor = _create_monitor(trt, progress)
-        self._config = self._configure()
 
     def layers(self) -> list[dict[str, Any]]:
         """Return the layers as parsed: no format is chosen yet, and none is fused."""
@@ -190,12 +210,13 @@ class Network:
 
     def check(self) -> None:
         """Raise `BuildError` unless the library says that it can build the network."""
-        if not self._builder.is_network_supported(self._network, self._config):
-            raise self._refusal(self._messages.errors)
+        with self._interrupts.put_off():
+            if not self._builder.is_network_supported(self._network, self._config):
+                raise self._refusal(self._messages.errors)
 
     def build(self) -> Any:
         """Return the serialised engine, a buffer; raise `BuildError` if the library refuses the network."""
-        with self._timing_cache():
+        with self._interrupts.put_off(), self._timing_cache():
             plan = self._builder.build_serialized_network(self._network, self._config)
             if plan is None:
                 raise self._refusal(self._messages.errors)
@@ -256,7 +277,11 @@ class Network:
 
     def _refusal(self, errors: list[str]) -> BuildError:
         reason = describe_errors(errors)
-        remedy = "; with --tune, the plan has only what it can compute" if _NO_KERNEL.search(reason) else ""
+        remedy = ""
+        if _NO_KERNEL.search(reason):
+            remedy = "; with --tune, the plan has only what it can compute"
+        elif _NO_MEMORY.search(reason):
+            remedy = f"; use a larger --workspace, or a smaller --max-batch than {self._options.batches[2]}"
         return BuildError(f"{describe_library(self._trt)} refuses {self._name}: {reason}{remedy}")
 
 
@@ -270,8 +295,11 @@ def _describe_error(error: Any) -> str:
     return f"{node}{error.desc()}"
 
 
-def _create_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
-    """Return a progress monitor that tells a build's long phases, in percent; TensorRT calls it from any thread."""
+def _create_monitor(trt: Any, progress: Callable[[str], None], interrupts: Interrupts) -> Any:
+    """Return a progress monitor that tells a build's long phases, in percent, and ends the build after a Ctrl-C.
+
+    TensorRT calls it from any thread.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -289,7 +317,7 @@ def _create_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
             if self._steps.get(phase, 0) >= _LEAST_TOLD_STEPS and share >= self._told[phase] + _TOLD_SHARE:
                 self._told[phase] = share
                 progress(f"{phase} {share:.0%}")
-            return True
+            return not interrupts.is_pending
 
         def phase_finish(self, phase: str) -> None:
             self._steps.pop(phase, None)

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from restyle_deploy.backends.base import Queue, RunnerOptions, check_buffers
 from restyle_deploy.backends.cuda_devices import device_arrays, device_error
+from restyle_deploy.backends.tensorrt_interrupts import Interrupts
 from restyle_deploy.backends.tensorrt_library import (
     Messages,
     construct,
@@ -58,8 +59,9 @@ def load_engine(trt: Any, plan: Any, options: RunnerOptions, *, name: str, weigh
         weights: the typed graph that a stripped engine was built from; None for one that has its weights.
     Raises:
         BuildError: the library refuses the engine, or the weights do not fit it.
+        KeyboardInterrupt: there was a Ctrl-C meanwhile.
     """
-    with current_context(primary_context(index_of(options.device))):
+    with Interrupts().put_off(), current_context(primary_context(index_of(options.device))):
         messages = Messages()
         logger = create_logger(trt, messages, warning_level=logging.WARNING)  # such as: of another model of GPU
         runtime = construct(trt, messages, trt.Runtime, logger)
@@ -255,8 +257,9 @@ class _ContextSettings:
 
     def create_context(self) -> Any:
         """Return a new execution context without memory; raise `DeviceError` if the library refuses."""
-        context = self.loaded.engine.create_execution_context(self._given)
-        self.loaded.require_of_device(context is not None, "create an execution context")
+        with Interrupts().put_off():
+            context = self.loaded.engine.create_execution_context(self._given)
+            self.loaded.require_of_device(context is not None, "create an execution context")
         return context
 
     def save(self) -> None:

@@ -27,7 +27,9 @@ from restyle_deploy.facts import format_facts
 @click.option(
     "--precision", type=click.Choice(list(PRECISIONS)), default=EXACT_PRECISION, show_default=True, help=PRECISION_HELP
 )
-@click.option("--threads", type=click.IntRange(min=1), show_default="the backend's choice", help="CPU threads.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), show_default="the backend's choice", help="CPU threads; not for GPUs."
+)
 @click.option("--tune", is_flag=True, help="Measure the ways to compute each layer here; else a stored table decides.")
 @click.option("--retune", is_flag=True, help="Tune without the times that a former build has measured.")
 @click.option(
@@ -35,7 +37,8 @@ from restyle_deploy.facts import format_facts
     type=click.FloatRange(min=0),
     default=180.0,
     show_default=True,
-    help="Time for measuring the layers; each of the two graphs has half. Comparing whole graphs comes on top.",
+    help="Time for --tune and --retune to measure the layers; each of the two graphs has half. Comparing whole graphs "
+    "comes on top.",
 )
 @engine_options
 @click.option("--dry-run", is_flag=True, help="Tell what would be built; the bundle is not changed.")
@@ -98,10 +101,15 @@ def build(
 
         click.echo(json.dumps(engine_as_json(record, bundle), indent=2))
         return
+    from restyle_deploy.engines import quote_path
+
     size = sum((record.directory / name).stat().st_size for name in record.files)
     is_verified = record.build["verified"]
     state = "built and verified" if is_verified else "built, NOT VERIFIED"
-    click.echo(f"{record.directory}: {state}, {size / 1e6:.1f} MB; plan: restyle-deploy inspect {bundle}")
+    profile = record.build.get("profile")
+    batches = "" if profile is None else ", batches {min} to {max}, fastest for {opt}".format(**profile)
+    plan = f"plan: restyle-deploy inspect {quote_path(bundle)}"
+    click.echo(f"{record.directory}: {state}, {size / 1e6:.1f} MB{batches}; {plan}")
     if not is_verified:
         click.echo(f"not verified: {record.build['reason']}")
 

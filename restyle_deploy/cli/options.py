@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from restyle_deploy.backends import BACKENDS, default_device
-from restyle_deploy.backends.base import EXACT_PRECISION, PRECISIONS
+from restyle_deploy.backends.base import EXACT_PRECISION, MOST_IMAGES, PRECISIONS
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# More than any GPU has.
+_MOST_BYTES = 2**40
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -67,7 +69,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that only some backends have; a backend without one refuses it."""
-    batches = click.IntRange(min=1)
+    batches = click.IntRange(1, MOST_IMAGES)
     options: list[Decorator] = [
         click.option(
             "--min-batch", type=batches, help="Both TensorRT libraries: fewest images of one run.", show_default="1"
@@ -76,17 +78,20 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--opt-batch",
             type=batches,
             help="Both TensorRT libraries: images of one run to be fastest for.",
-            show_default="1",
+            show_default="1, or --min-batch",
         ),
         click.option(
-            "--max-batch", type=batches, help="Both TensorRT libraries: most images of one run.", show_default="8"
+            "--max-batch",
+            type=batches,
+            help="Both TensorRT libraries: most images of one run.",
+            show_default="8, or the largest of the others",
         ),
         click.option(
             "--workspace",
             "workspace_bytes",
             callback=_parse_bytes,
             metavar="BYTES",
-            help="Both TensorRT libraries: memory for one layer's own use, as 512M or 2G.",
+            help="Both TensorRT libraries: memory for one layer's own use, as 512M or 1.5G, by powers of 1024.",
         ),
         click.option(
             "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: higher levels build for longer."
@@ -95,7 +100,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--compute-capability",
             "compute_capabilities",
             multiple=True,
-            help="TensorRT for RTX: GPUs that the engine is for, wherever it is built, as 8.9; repeatable.",
+            callback=_parse_capabilities,
+            help="TensorRT for RTX: GPUs that the engine is for, wherever it is built, as 8.9 or 8.6,8.9; repeatable.",
             show_default="that of the GPU; without one 8.0, 8.6, 8.9, 12.0",
         ),
         click.option(
@@ -123,11 +129,30 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parse_bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Return the number in a text such as 512M."""
-    found = re.fullmatch(r"([1-9]\d*)([KMG]?)", value or "")
-    if value is not None and found is None:
-        raise click.BadParameter(f"{value!r} is no number of bytes, such as 512M or 2G")
-    return int(found.group(1)) * _UNITS[found.group(2)] if found else None
+    """Return the number in a text such as 512M, 1.5G, 2GB or 2 GiB."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no number of bytes, such as 512M, 1.5G or 2GiB")
+    number = float(found.group(1)) * _UNITS[found.group(2).upper()]
+    if number < 1:
+        raise click.BadParameter(f"{value!r} is no memory at all; name some, such as 512M, or leave it out")
+    if number > _MOST_BYTES:
+        raise click.BadParameter(f"{value!r} is more memory than any GPU has; name at most 1T")
+    return int(number)
+
+
+def _parse_capabilities(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return compute capabilities as 8.9, from texts such as "8.6, 8.9", sm_89 and 89."""
+    return tuple(_parse_capability(text.strip()) for value in values for text in value.split(","))
+
+
+def _parse_capability(text: str) -> str:
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no compute capability; write 8.9, sm_89 or 89, several as 8.9,12.0")
+    return ".".join(found.groups())
 
 
 def _default_device(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

@@ -48,7 +48,7 @@ class SessionMemory:
             memory.callback(pinned.close)
             self.state = State(device, block, places, bundle)
             given = [(block, state_bytes + index * slot_bytes, pinned, index * slot_bytes) for index in range(slots)]
-            # Nothing here refers to this object: the device goes with the last of its users, and its stream to the next.
+            # None of these refers to this object: the device goes with its last user, and its stream to the next one.
             create = partial(Slot, device, shapes=self.shapes, input_bytes=self._input_bytes)
             first = [create(rows=max_batch, given=one) for one in given]
             kept = memory.pop_all()

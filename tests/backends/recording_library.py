@@ -1,6 +1,8 @@
 """A stand-in for the module `tensorrt` that builds and loads nothing, and writes down what it is asked for."""
 
+import contextlib
 import json
+import signal
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +29,7 @@ class RecordingLibrary:
         layers: what the inspector tells.
         memory_bytes: that a run of the next engine takes.
         batches: the fewest and the most images of a run.
+        interrupted: the call during which there is a Ctrl-C; as the bindings do, it swallows what Python raises.
         refused: the call of an execution context that is refused, `create_execution_context`, or one of a refit.
         weights: the names of those that an engine takes; and those that a refitter says to be missing.
         configs: the builder's, whose attributes are what was set, in order.
@@ -55,7 +58,7 @@ class RecordingLibrary:
         self.plan: bytes | None = b"plan"
         self.refusal = "no memory is left"
         self.memory_bytes, self.batches = 4096, (1, 8)
-        self.refused = ""
+        self.refused = self.interrupted = ""
         self.runs_are_capturable: bool | None = None
         self.contexts: WeakSet[RecordingContext] = WeakSet()
         self.layers = json.dumps({"Layers": [{"Name": "decoder.conv/Conv_0"}]})
@@ -81,6 +84,8 @@ class RecordingLibrary:
         self.calls.append(("Builder",))
 
         def build(network: Any, config: Any) -> bytes | None:
+            self._interrupt("build_serialized_network")
+            self.calls.append(("step_complete", config.progress_monitor.step_complete("Building engine", 0)))
             if self.plan is None:
                 logger.log(1, self.refusal)
             return self.plan
@@ -90,8 +95,14 @@ class RecordingLibrary:
             create_builder_config=lambda: self._config(logger),
             create_optimization_profile=object,
             build_serialized_network=build,
-            is_network_supported=lambda network, config: True,
+            is_network_supported=lambda network, config: self._interrupt("is_network_supported"),
         )
+
+    def _interrupt(self, name: str) -> bool:
+        if name == self.interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return True
 
     def _config(self, logger: Any) -> Any:
         def attach(cache: bytes, *, ignore_mismatch: bool) -> bool:
@@ -115,7 +126,7 @@ class RecordingLibrary:
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
         """Return a parser that takes any file."""
-        return SimpleNamespace(parse_from_file=lambda path: True)
+        return SimpleNamespace(parse_from_file=lambda path: self._interrupt("parse_from_file"))
 
     def Refitter(self, engine: Any, logger: Any) -> Any:
         """Return what puts weights back."""
@@ -146,6 +157,7 @@ class RecordingLibrary:
 
         def deserialize(plan: bytes) -> Any:
             self.calls.append(("deserialize", runtime.engine_host_code_allowed))
+            self._interrupt("deserialize")
             if not self.engine_is_taken:
                 logger.log(1, "the engine holds host code")
                 return None
@@ -165,6 +177,7 @@ class RecordingLibrary:
 
     def _context(self, settings: Any, logger: Any) -> Any:
         self.calls.append(("create_execution_context", settings))
+        self._interrupt("create_execution_context")
         if self.refused == "create_execution_context":
             logger.log(1, "no memory is left")
             return None

@@ -313,7 +313,9 @@ def test_options_that_cannot_run_are_refused_before_a_graph_is_there(backend: Ba
         with pytest.raises(BackendUnavailableError, match=f"device '{device}' cannot run here; available: .*{case[1]}"):
             backend.check_options(RunnerOptions(device=device))
     for precision in ("", "abacus", "fp64"):
-        with pytest.raises(BackendUnavailableError, match=f"precision {precision} cannot run here") as caught:
+        with pytest.raises(
+            BackendUnavailableError, match=f"precision {precision}( cannot run here|; it has)"
+        ) as caught:
             backend.check_options(RunnerOptions(device=case[1], precision=precision))
         assert "\n" not in str(caught.value)
 
@@ -393,7 +395,7 @@ def test_nothing_is_built_for_what_cannot_run(
     backend: Backend, case: tuple[str, str], bundle: Bundle, tmp_path: Path
 ) -> None:
     for options in (RunnerOptions(device="abacus"), RunnerOptions(device=case[1], precision="abacus")):
-        with pytest.raises(BackendUnavailableError, match="abacus'? cannot run here"):
+        with pytest.raises(BackendUnavailableError, match="abacus('? cannot run here|; it has)"):
             build(backend, bundle, "generator", tmp_path, options)
     assert not list(tmp_path.iterdir())
 
@@ -420,7 +422,10 @@ def test_approximate_precision_is_refused_or_near(
     record = bundle.graphs["generator"]
     refusal = refusal_of(backend, options)
     if refusal is not None:
-        assert re.fullmatch(f"backend {case[0]}: precision {precision} cannot run here: .+", refusal)
+        reasons = (
+            f"backend {case[0]}(: precision {precision} cannot run here: | has no precision {precision}; it has ).+"
+        )
+        assert re.fullmatch(reasons, refusal)
         with pytest.raises(BackendUnavailableError, match=re.escape(refusal)):
             backend.load(record.path, record.inputs, record.outputs, options)
         with pytest.raises(BackendUnavailableError, match=re.escape(refusal)):

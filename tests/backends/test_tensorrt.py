@@ -17,7 +17,7 @@ import pytest
 
 from restyle_deploy.backends import load_backend
 from restyle_deploy.backends import tensorrt as backend_module
-from restyle_deploy.backends.base import BuildRequest, EngineOptions, RunnerOptions
+from restyle_deploy.backends.base import MOST_IMAGES, BuildRequest, EngineOptions, RunnerOptions
 from restyle_deploy.backends.tensorrt import TensorRtBackend
 from restyle_deploy.backends.tensorrt_library import TENSORRT, batches_of
 from restyle_deploy.build import BuildOptions, build_engine
@@ -116,7 +116,9 @@ def test_precision_needs_the_instructions(
 
 @pytest.mark.usefixtures("gpu")
 def test_unknown_precision_is_refused(tensorrt: TensorRtBackend) -> None:
-    with pytest.raises(BackendUnavailableError, match="precision fp8 cannot run here: known are fp32, tf32"):
+    with pytest.raises(
+        BackendUnavailableError, match="^backend tensorrt has no precision fp8; it has fp32, tf32, fp16, bf16$"
+    ):
         tensorrt.check_options(replace(OPTIONS, precision="fp8"))
 
 
@@ -197,6 +199,9 @@ def test_hardware_compatibility_needs_ampere(tensorrt: TensorRtBackend, monkeypa
         (EngineOptions(max_batch=2), (1, 1, 2)),
         (EngineOptions(opt_batch=16), (1, 16, 16)),
         (EngineOptions(min_batch=4), (4, 4, 8)),
+        (EngineOptions(min_batch=2), (2, 2, 8)),
+        (EngineOptions(opt_batch=32), (1, 32, 32)),
+        (EngineOptions(max_batch=MOST_IMAGES), (1, 1, MOST_IMAGES)),
         (EngineOptions(min_batch=1, opt_batch=4, max_batch=32), (1, 4, 32)),
     ],
 )
@@ -204,9 +209,17 @@ def test_batches_left_out_follow_the_others(engine: EngineOptions, batches: tupl
     assert batches_of(engine) == batches
 
 
-@pytest.mark.parametrize("changes", [{"min_batch": 3, "opt_batch": 2}, {"opt_batch": 4, "max_batch": 2}])
-def test_batches_out_of_order_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected 1 <= least <= best <= most"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_batch": 3, "opt_batch": 2},
+        {"opt_batch": 4, "max_batch": 2},
+        {"max_batch": MOST_IMAGES + 1},
+        {"max_batch": 2**63},
+    ],
+)
+def test_batches_out_of_order_or_too_large_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected 1 <= least <= best <= most <= 65535$"):
         batches_of(EngineOptions(**changes))  # type: ignore[arg-type]
 
 
@@ -248,26 +261,42 @@ def test_rtx_says_so_where_it_cannot_build_for_the_gpu(rtx: TensorRtBackend, mon
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_capabilities": ("9.0", "1.0")}, "cannot build for compute capability '9.0', '1.0'; it can for 7.5"),
+        ({"optimization_level": 0}, "has no --optimization-level; it has --min-batch, --opt-batch"),
+        ({"hardware_compatible": True, "version_compatible": True}, "no --hardware-compatible, --version"),
+    ],
+    ids=str,
+)
+def test_options_that_rtx_has_not_are_a_caller_s_mistake(
+    rtx: TensorRtBackend, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^backend tensorrt-rtx .*{message}"):
+        rtx.check_build(OPTIONS, EngineOptions(**options))
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("gpu")
+def test_weights_are_put_back_in_one_shape(rtx: TensorRtBackend) -> None:
+    """Products are convolutions for sm_75, and the GPU that opens an engine tells which it has."""
+    for fitting in (("7.5",), ("8.0", "8.9")):
+        rtx.check_build(OPTIONS, EngineOptions(stripped=True, compute_capabilities=fitting))
+    with pytest.raises(ValueError, match="--stripped contradicts sm_75 beside other GPUs: .*; leave out one of both"):
+        rtx.check_build(OPTIONS, EngineOptions(stripped=True, compute_capabilities=("7.5", "8.9")))
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
     ("options", "engine", "message"),
     [
-        (
-            OPTIONS,
-            {"compute_capabilities": ("9.0", "1.0")},
-            "cannot build for compute capability 9.0, 1.0; it can for 7.5",
-        ),
         (OPTIONS, {"stripped": True}, "--stripped needs a GPU to build on, .*: there is no NVIDIA driver"),
-        (OPTIONS, {"optimization_level": 0}, "has no --optimization-level; it has --min-batch, --opt-batch"),
-        (
-            OPTIONS,
-            {"hardware_compatible": True, "version_compatible": True},
-            "no --hardware-compatible, --version",
-        ),
-        (
-            RunnerOptions(device="cpu"),
-            {},
-            "device 'cpu' cannot run here; available: none, but engines can",
-        ),
-        (replace(OPTIONS, precision="fp8"), {}, "precision fp8 cannot run here"),
+        *[
+            (RunnerOptions(device=device), {}, f"device '{device}' cannot run here; available: none, but engines .* cu")
+            for device in ("cpu", "cuda:1", "cuda:99", "cuda:00")
+        ],
+        (replace(OPTIONS, precision="mixed"), {}, "tensorrt-rtx has no precision mixed; it has fp32, tf32, fp16, bf16"),
         (replace(OPTIONS, precision="bf16"), {"compute_capabilities": ("7.5",)}, "bf16 cannot run here: sm_75 has no"),
     ],
     ids=str,
@@ -351,6 +380,18 @@ def test_plain_bf16_names_a_remedy(rtx: TensorRtBackend, demo: Bundle, monkeypat
 @pytest.mark.usefixtures("no_gpu")
 def test_planned_generator_is_built_in_bfloat16(rtx: TensorRtBackend, demo: Bundle, tmp_path: Path) -> None:
     assert build(rtx, planned_generator(demo, tmp_path), tmp_path, "bf16").stat().st_size > 0
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("graph", ["encoder", "generator"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_exported_graphs_are_built_for_turing(
+    rtx: TensorRtBackend, demo: Bundle, tmp_path: Path, graph: str, precision: str
+) -> None:
+    """Which takes no float32 product of matrices; and for others at once."""
+    engine = build(rtx, demo.graphs[graph].path, tmp_path, precision, compute_capabilities=("8.9", "7.5"))
+    assert "gemm" not in {layer["type"] for layer in layers_of(engine)["layers"]}
 
 
 @pytest.mark.tensorrt
@@ -485,6 +526,18 @@ def test_unknown_operator_is_named(rtx: TensorRtBackend, tmp_path: Path, method:
 
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_demo_bundle_gets_an_engine_for_turing(
+    rtx: TensorRtBackend, demo: Bundle, tmp_path: Path, precision: str
+) -> None:
+    bundle = Path(shutil.copytree(demo.path, tmp_path / "bundle"))
+    engine = EngineOptions(compute_capabilities=("7.5",))
+    record = build_engine(bundle, BuildOptions(backend="tensorrt-rtx", precision=precision, engine=engine))
+    assert record.processor == "sm_75"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_demo_bundle_gets_an_engine(rtx: TensorRtBackend, demo: Bundle, tmp_path: Path, precision: str) -> None:
     bundle = Path(shutil.copytree(demo.path, tmp_path / "bundle"))
@@ -524,6 +577,8 @@ def test_golden_models_become_engines(rtx: TensorRtBackend, shared_dir: Path, tm
     sizes = {precision: engine.graphs["encoder"].path.stat().st_size for precision, engine in engines.items()}
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert sizes["bf16"] < 0.6 * sizes["fp32"]
+    turing = EngineOptions(compute_capabilities=("7.5",))
+    build_engine(tmp_path / "bundle", BuildOptions(backend="tensorrt-rtx", precision="fp16", engine=turing))
 
 
 # On a GPU

@@ -22,7 +22,7 @@ from restyle_deploy.backends.tensorrt_layers import describe_inspected
 from restyle_deploy.backends.tensorrt_library import TENSORRT, TENSORRT_RTX
 from restyle_deploy.backends.tensorrt_network import check_planes, write_typed_graph
 from restyle_deploy.cli.options import engine_options
-from restyle_deploy.errors import BackendUnavailableError, BuildError
+from restyle_deploy.errors import BuildError
 from restyle_deploy.graph.plan import apply_choices, find_sites, table_of
 from tests.backends.recording_library import KEPT, MEASURED, RecordingLibrary, RecordingQueue, recorded
 
@@ -308,27 +308,30 @@ def test_options_reach_the_builder(
 
 def test_weights_cannot_be_put_back_by_another_versions_runtime(library: RecordingLibrary) -> None:
     engine = replace(NO_PLUGINS, stripped=True, version_compatible=True)
-    with pytest.raises(
-        BackendUnavailableError, match="--stripped with --version-compatible cannot run here: .* one of"
-    ):
+    with pytest.raises(ValueError, match="--stripped contradicts --version-compatible: .* leave out one of both"):
         TensorRtBackend(TENSORRT, library).check_build(OPTIONS, engine)
 
 
+PLAN = "; with --tune, the plan has only what it can compute"
+MEMORY = "; use a larger --workspace, or a smaller --max-batch than 400"
+
+
 @pytest.mark.parametrize(
-    ("reason", "is_for_the_plan"),
+    ("reason", "remedy"),
     [
-        ("Error Code 10: Internal Error (Could not find any implementation for node up.)", True),
-        ("ConvTranspose2d: no valid tactic", True),
-        ("out of memory", False),
+        ("Error Code 10: Internal Error (Could not find any implementation for node up.)", PLAN),
+        ("ConvTranspose2d: no valid tactic", PLAN),
+        ("Error Code 2: OutOfMemory (Requested size was 68733933952 bytes.)", MEMORY),
+        ("Error Code 2: OutOfMemory (no more)", MEMORY),
+        ("the weather", ""),
     ],
 )
-def test_refusal_of_a_layer_names_the_way_around(
-    library: RecordingLibrary, graph: Path, tmp_path: Path, reason: str, is_for_the_plan: bool
+def test_refusal_names_the_way_around(
+    library: RecordingLibrary, graph: Path, tmp_path: Path, reason: str, remedy: str
 ) -> None:
     library.plan, library.refusal = None, reason
     with pytest.raises(BuildError) as caught:
-        build(library, graph, tmp_path)
-    remedy = "; with --tune, the plan has only what it can compute" if is_for_the_plan else ""
+        build(library, graph, tmp_path, max_batch=400)
     assert str(caught.value) == f"TensorRT 10.9.0 refuses generator.onnx: {reason}{remedy}"
 
 

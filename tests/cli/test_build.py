@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_options_reach_the_build(
         ),
         (["--workspace", "512"], {"workspace_bytes": 512}),
         (["--workspace", "3K"], {"workspace_bytes": 3 * 2**10}),
+        *[
+            (["--workspace", text], {"workspace_bytes": 2**31})
+            for text in ("2G", "2g", "2GB", "2GiB", "2 GiB", "2048M", "2097152KB", "2147483648", "2147483648B")
+        ],
+        (["--workspace", "1.5G"], {"workspace_bytes": 3 * 2**29}),
+        (["--workspace", "1T"], {"workspace_bytes": 2**40}),
+        *[
+            (["--compute-capability", text], {"compute_capabilities": ("8.9", "12.0")})
+            for text in ("8.9,12.0", "8.9, 12.0", "sm_89,sm_120", "SM89,120")
+        ],
         (["--workspace", "2G", "--optimization-level", "0"], {"workspace_bytes": 2**31, "optimization_level": 0}),
         (["--compute-capability", "8.9", "--compute-capability", "12.0"], {"compute_capabilities": ("8.9", "12.0")}),
         (["--hardware-compatible", "--version-compatible"], {"hardware_compatible": True, "version_compatible": True}),
@@ -183,12 +194,17 @@ def test_engine_that_is_not_verified_says_so(run: Run, bundle: Path, monkeypatch
     from restyle_deploy import build as build_module
     from tests.bundles import add_engine
 
-    state = {"verified": False, "reason": "no GPU here", "profile": {"min": 1, "max": 8}, "plugin_route": "functions"}
+    state = {
+        "verified": False,
+        "reason": "no GPU here",
+        "profile": {"min": 1, "opt": 2, "max": 8},
+        "plugin_route": "functions",
+    }
     monkeypatch.setattr(build_module, "build_engine", lambda bundle, options, progress: add_engine(bundle, build=state))
     result = run("build", bundle, "--backend", "onnxruntime")
     assert result.exit_code == 0
     first, second = result.stdout.splitlines()
-    assert ": built, NOT VERIFIED, " in first
+    assert re.search(r": built, NOT VERIFIED, [\d.]+ MB, batches 1 to 8, fastest for 2; plan: ", first)
     assert second == "not verified: no GPU here"
     described = run("inspect", bundle).stdout
     assert re.search(r"verified: +NO: no GPU here\n", described)
@@ -228,6 +244,7 @@ def test_engine_of_tensorrt_rtx_and_its_layers(run: Run, bundle: Path, monkeypat
     result = run("build", bundle, "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-batch", 4)
     assert result.exit_code == 0
     assert "building the generator: Building engine …\n" in result.stderr
+    assert " MB, batches 1 to 4, fastest for 1; plan: restyle-deploy inspect " in result.stdout
     assert result.stdout.endswith("not verified: no GPU can run the engine here: there is no NVIDIA driver\n")
     described = run("inspect", bundle).stdout
     assert re.search(r"processor: +sm_89\n", described)
@@ -239,6 +256,37 @@ def test_engine_of_tensorrt_rtx_and_its_layers(run: Run, bundle: Path, monkeypat
     refused = run("verify", bundle, "--backend", "tensorrt-rtx")
     assert refused.exit_code == 1
     assert "device 'cuda:0' cannot run here; available: none (there is no NVIDIA driver)" in refused.stderr
+
+
+@pytest.mark.tensorrt
+def test_useless_options_of_tensorrt_rtx_are_wrong_usage(
+    run: Run, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from restyle_deploy.backends import tensorrt as backend_module
+
+    monkeypatch.setattr(backend_module, "find_devices", lambda: ((), "there is no NVIDIA driver"))
+    for option, message in {
+        "--optimization-level=3": "backend tensorrt-rtx has no --optimization-level; it has --min-batch, ",
+        "--threads=2": "--threads is for engines on the CPU, this one is for cuda:0; leave it out",
+        "--compute-capability=9.0": "cannot build for compute capability '9.0'; it can for 7.5, 8.0",
+    }.items():
+        for dry in ([], ["--dry-run"]):
+            result = run("build", toy_bundle, "--backend", "tensorrt-rtx", option, *dry)
+            assert (result.exit_code, message in result.stderr) == (2, True), option
+
+
+@pytest.mark.parametrize("name", ["-faces", "my faces"])
+def test_hint_can_be_pasted(
+    run: Run, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copytree(toy_bundle, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    result = run("build", "--backend", "onnxruntime", "--", name)
+    assert result.exit_code == 0
+    hint = result.stdout.strip().partition("plan: ")[2]
+    assert shlex.split(hint) == ["restyle-deploy", "inspect", f"./{name}" if name.startswith("-") else name]
+    assert run(*shlex.split(hint)[1:]).exit_code == 0
 
 
 def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
@@ -255,9 +303,21 @@ def test_default_of_seconds_is_that_of_the_library(run: Run) -> None:
         (["--backend", "onnxruntime", "--threads", "0"], "0 is not in the range x>=1"),
         (["--backend", "onnxruntime", "--seconds", "-1"], "-1.0 is not in the range x>=0"),
         (["--backend", "onnxruntime", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'tf32', 'fp16'"),
-        (["--backend", "onnxruntime", "--workspace", "2T"], "'2T' is no number of bytes, such as 512M or 2G"),
-        (["--backend", "onnxruntime", "--workspace", "0"], "'0' is no number of bytes, such as 512M or 2G"),
-        (["--backend", "onnxruntime", "--max-batch", "0"], "0 is not in the range x>=1"),
+        (["--backend", "tensorrt", "--workspace", "2T"], "'2T' is more memory than any GPU has; name at most 1T"),
+        (["--backend", "tensorrt", "--workspace", "9" * 400], "is more memory than any GPU has"),
+        (["--backend", "tensorrt", "--workspace", "0"], "'0' is no memory at all; name some, such as 512M"),
+        (["--backend", "tensorrt", "--workspace", "-2G"], "'-2G' is no number of bytes, such as 512M, 1.5G or 2GiB"),
+        (["--backend", "tensorrt", "--workspace", ""], "'' is no number of bytes"),
+        *[
+            (["--backend", "tensorrt-rtx", "--compute-capability", text], f"{bad!r} is no compute capability; write 8")
+            for text, bad in {"": "", "8.9,": "", "9": "9", "ada": "ada", "8.9 12.0": "8.9 12.0"}.items()
+        ],
+        (["--backend", "onnxruntime", "--max-batch", "0"], "0 is not in the range 1<=x<=65535"),
+        (["--backend", "onnxruntime", "--max-batch", "2147483648"], "is not in the range 1<=x<=65535"),
+        (["--backend", "onnxruntime", "--min-batch", "9223372036854775807"], "is not in the range 1<=x<=65535"),
+        (["--backend", "onnxruntime", "--opt-batch", "65536"], "is not in the range 1<=x<=65535"),
+        (["--backend", "onnxruntime", "--seconds", "9"], "--seconds is the time for --tune and --retune"),
+        (["--backend", "onnxruntime", "--stripped"], "onnxruntime has no --stripped, nor any other option of engines"),
         (["--backend", "onnxruntime", "--optimization-level", "6"], "6 is not in the range 0<=x<=5"),
     ],
     ids=str,
@@ -307,4 +367,6 @@ def test_help_tells_where_what_was_measured_is_kept(run: Run) -> None:
     text = " ".join(run("build", "--help").stdout.split())
     assert "BUNDLE/engines/timing-<library>-<version>-<GPU>.cache" in text
     assert "later versions of the same major version of the library" in text
+    assert "default: (1, or --min-batch)" in text.replace("--min- batch", "--min-batch")
+    assert "default: (8, or the largest of the others)" in text
     assert re.search(r"restyle-deploy build \S+ --backend tensorrt .*--version-compatible --optimization-level 5", text)
