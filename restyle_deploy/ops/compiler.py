@@ -12,11 +12,12 @@ from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from restyle_deploy.errors import BackendUnavailableError, BuildError
-from restyle_deploy.files import replace_when_complete
+from restyle_deploy.files import replace_when_complete, sha256_of_file
 from restyle_deploy.ops.cuda_versions import check_driver, compiler_version
 from restyle_deploy.runtime.device import NEEDED
 
@@ -28,6 +29,7 @@ IMAGE_SOURCE = "images.cu"  # surrounds the loop, and is in no engine
 CACHE_VARIABLE = "RESTYLE_DEPLOY_CACHE"
 CACHE_VERSION = 1
 LANGUAGE = "c++17"
+INCLUDE = "-I"
 
 _logger = logging.getLogger(__name__)
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
@@ -190,7 +192,7 @@ def _compile(kernel: str, source: str, expressions: Sequence[str], *, arch: str,
     try:
         for name in names:
             _check(nvrtc.nvrtcAddNameExpression(program, name))
-        options = _options(arch, format)
+        options = [option.encode() for option in _options(arch, format)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
@@ -212,12 +214,12 @@ def _compile(kernel: str, source: str, expressions: Sequence[str], *, arch: str,
     )
 
 
-def _options(arch: str, format: CodeFormat) -> list[bytes]:
+def _options(arch: str, format: CodeFormat) -> list[str]:
     target = arch if format == "cubin" else arch.replace("sm_", "compute_")
-    options = [f"-arch={target}", f"-std={LANGUAGE}", f"-I{SOURCES}", f"-I{_header_folder()}"]
+    options = [f"-arch={target}", f"-std={LANGUAGE}", f"{INCLUDE}{SOURCES}", f"{INCLUDE}{_header_folder()}"]
     if format == "cubin":
         options.append("--ptxas-options=-v")
-    return [option.encode() for option in options]
+    return options
 
 
 def _check(result: tuple[Any, ...]) -> Any:
@@ -228,13 +230,22 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _compiler_version() -> str:
-    """Return the version of NVRTC, of its package where there is one."""
+def _compiler_hash() -> str:
+    """Return the SHA-256 of NVRTC's library, the one in use; its version where the file cannot be told.
+
+    The version alone would not do: that of the package says nothing where a library from elsewhere is loaded.
+    """
     major, minor = compiler_version()
-    try:
-        return importlib.metadata.version("nvidia-cuda-nvrtc")
-    except importlib.metadata.PackageNotFoundError:  # a toolkit's
-        return f"{major}.{minor}"
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    path = load_nvidia_dynamic_lib("nvrtc").abs_path
+    return f"{major}.{minor}" if path is None else _hash_once(Path(path))
+
+
+@cache
+def _hash_once(library: Path) -> str:
+    """Return the SHA-256 of a library that is loaded; 0.1 to 0.3 s for the 141 MB of NVRTC 13.5."""
+    return sha256_of_file(library)
 
 
 def _headers_version() -> str:
@@ -264,8 +275,10 @@ def _header_folder() -> Path:
 
 def _cache_key(source: str, expressions: Sequence[str], *, arch: str, format: CodeFormat) -> str:
     headers = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.cuh"))]
-    versions = [_compiler_version(), _headers_version()]
-    facts = [CACHE_VERSION, source, headers, list(expressions), arch, format, LANGUAGE, versions]
+    # Included files count by what is in them, wherever they lie.
+    options = [option for option in _options(arch, format) if not option.startswith(INCLUDE)]
+    compiler = [_compiler_hash(), _headers_version()]
+    facts = [CACHE_VERSION, source, headers, list(expressions), arch, format, options, compiler]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

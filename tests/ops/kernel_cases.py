@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,34 @@ SIDES = st.one_of(st.integers(1, 12), st.sampled_from((16, 31, 32, 33, 40, 63, 6
 CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from((16, 31, 32, 33, 64, 65)))
 FACTORS = st.integers(0, 31).map(Factor)
 MOST_ELEMENTS = 40_000
+MOST_OFFSET = 7  # elements: beyond them, those of 16 bits are aligned again
 FLOAT32_ERROR = 4e-6  # of some ten roundings, as a share of the sum of magnitudes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offsets:
+    """By how many elements, of its own type, each tensor of a case lies behind a 16-byte boundary."""
+
+    x: int = 0
+    noise: int = 0
+    y: int = 0
+    demod: int = 0
+    bias: int = 0
+    next_scale: int = 0
+
+
+ALIGNED = Offsets()
+TENSORS = tuple(asdict(ALIGNED))
+# Each tensor alone; x and y as each other, and otherwise. Too rare in what is drawn to leave them to it.
+MISALIGNMENTS = (*(replace(ALIGNED, **{name: 1}) for name in TENSORS), Offsets(x=3, y=3), Offsets(x=1, y=3))
+OFFSETS = st.integers(1, MOST_OFFSET)
+# None is misaligned, one alone, x and y as each other, or every one in its own way.
+ALIGNMENTS = st.one_of(
+    st.just(ALIGNED),
+    st.builds(lambda name, offset: replace(ALIGNED, **{name: offset}), st.sampled_from(TENSORS), OFFSETS),
+    OFFSETS.map(lambda offset: Offsets(x=offset, y=offset)),
+    st.builds(Offsets, **dict.fromkeys(TENSORS, st.integers(0, MOST_OFFSET))),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +68,7 @@ class KernelCase:
         dtype: of x, noise and y.
         factors: which are present.
         channels_last: whether x and y are [N, H, W, C] in memory.
-        misalignment: elements by which x, noise and y lie behind a 16-byte boundary.
+        offsets: by how much each tensor is misaligned.
         shape: [N, C, H, W] of x.
         noise_strength, negative_slope, gain: slope and gain are 1 without the factor ACTIVATION.
         seed: of the values.
@@ -51,7 +78,7 @@ class KernelCase:
     dtype: torch.dtype = torch.float32
     factors: Factor = Factor.ACTIVATION
     channels_last: bool = False
-    misalignment: int = 0
+    offsets: Offsets = ALIGNED
     shape: tuple[int, int, int, int]
     up: int = 1
     down: int = 1
@@ -78,7 +105,7 @@ class KernelCase:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTensors:
-    """The tensors of a case; those of absent factors are None. `x` and `noise` are misaligned as the case says."""
+    """The tensors of a case; those of absent factors are None. All but `filter` are misaligned as the case says."""
 
     x: Tensor
     filter: Tensor | None
@@ -93,7 +120,7 @@ def fused_bias_act_cases(draw: st.DrawFn) -> KernelCase:
     """Draw a case of `fused_bias_act`."""
     return KernelCase(
         shape=_draw_shape(draw),
-        misalignment=draw(st.integers(0, 3)),
+        offsets=draw(ALIGNMENTS),
         **_draw_common(draw),  # type: ignore[arg-type]
     )
 
@@ -118,7 +145,7 @@ def upfirdn2d_cases(draw: st.DrawFn, configs: tuple[Config, ...] = tuple(Config)
         down=down,
         pads=pads,
         filter_size=filter_size,
-        misalignment=draw(st.integers(0, 3)),
+        offsets=draw(ALIGNMENTS),
         **_draw_common(draw),  # type: ignore[arg-type]
     )
 
@@ -131,37 +158,28 @@ def tensors_of(case: KernelCase, device: str = "cpu") -> KernelTensors:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
 
-    def given(factor: Factor, tensor: Tensor) -> Tensor | None:
-        return tensor.to(device) if factor in case.factors else None
+    def given(factor: Factor, tensor: Tensor, offset: int) -> Tensor | None:
+        if factor not in case.factors:
+            return None
+        return _storage(tensor.numel(), tensor.dtype, offset, device).view(tensor.shape).copy_(tensor)
 
     # Every one is drawn, so that a factor's absence changes no other value.
     x, noise = normal(*case.shape, dtype=case.dtype), normal(1, 1, *case.out_shape[2:], dtype=case.dtype)
     demod, next_scale = normal(batch, channels).abs() + 0.1, normal(batch, channels)
     bias, filter_ = normal(channels), _make_filter(case, normal(sum(case.filter_size)), normal(*case.filter_size))
-    x_on_device = empty_like_case(case, case.shape, device)
-    x_on_device.copy_(x)
-    noise_on_device = given(Factor.NOISE, noise)
-    if noise_on_device is not None:
-        storage = torch.empty(noise.numel() + case.misalignment, dtype=case.dtype, device=device)
-        noise_on_device = storage[case.misalignment :].view(noise.shape).copy_(noise_on_device)
     return KernelTensors(
-        x=x_on_device,
+        x=_empty(case, case.shape, case.offsets.x, device).copy_(x),
         filter=None if filter_ is None else filter_.to(device),
-        demod=given(Factor.DEMOD, demod),
-        noise=noise_on_device,
-        bias=given(Factor.BIAS, bias),
-        next_scale=given(Factor.NEXT_SCALE, next_scale),
+        demod=given(Factor.DEMOD, demod, case.offsets.demod),
+        noise=given(Factor.NOISE, noise, case.offsets.noise),
+        bias=given(Factor.BIAS, bias, case.offsets.bias),
+        next_scale=given(Factor.NEXT_SCALE, next_scale, case.offsets.next_scale),
     )
 
 
-def empty_like_case(case: KernelCase, shape: tuple[int, int, int, int], device: str = "cpu") -> Tensor:
-    """Return NaN of the case's dtype, layout and misalignment, for x or y."""
-    batch, channels, height, width = shape
-    storage = torch.full((math.prod(shape) + case.misalignment,), math.nan, dtype=case.dtype, device=device)
-    flat = storage[case.misalignment :]
-    if case.channels_last:
-        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return flat.view(shape)
+def empty_y(case: KernelCase, device: str = "cpu") -> Tensor:
+    """Return NaN of the shape, dtype, layout and offset of y."""
+    return _empty(case, case.out_shape, case.offsets.y, device)
 
 
 def launch_of(case: KernelCase) -> Launch:
@@ -260,6 +278,22 @@ def _reference(case: KernelCase, tensors: KernelTensors, *, magnitudes: bool) ->
         negative_slope=case.negative_slope if is_active else None,
         gain=case.gain if is_active else None,
     )
+
+
+def _empty(case: KernelCase, shape: tuple[int, int, int, int], offset: int, device: str) -> Tensor:
+    """Return NaN of the case's dtype and layout."""
+    batch, channels, height, width = shape
+    flat = _storage(math.prod(shape), case.dtype, offset, device)
+    if case.channels_last:
+        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return flat.view(shape)
+
+
+def _storage(count: int, dtype: torch.dtype, offset: int, device: str) -> Tensor:
+    """Return so many elements of NaN, so many elements behind a boundary; PyTorch's allocators begin at one."""
+    flat = torch.full((offset + count,), math.nan, dtype=dtype, device=device)[offset:]
+    assert (flat.data_ptr() - offset * flat.element_size()) % 16 == 0
+    return flat
 
 
 def _draw_common(draw: st.DrawFn) -> dict[str, object]:

@@ -1,8 +1,11 @@
 """NVRTC behind a cache: what comes back, what is kept, and what the errors say. No GPU is needed."""
 
+import hashlib
 import importlib.metadata
+import itertools
 import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,8 @@ from restyle_deploy.ops.compiler import (
     parse_resources,
     read_source,
 )
+from restyle_deploy.ops.kernels import geometry
+from restyle_deploy.ops.kernels.launches import ALL_FACTORS, FUSED_BIAS_ACT, fused_bias_act_expression
 
 SOURCE = """
 #include <cuda_fp16.h>
@@ -131,7 +136,7 @@ def test_whatever_changes_the_code_is_another_entry(
         compile_kernels("shift", cache=tmp_path, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["_compiler_version", "_headers_version", "SOURCES"])
+@pytest.mark.parametrize("what", ["_compiler_hash", "_headers_version", "SOURCES"])
 def test_another_compiler_or_header_is_another_entry(
     compiled: CompiledKernels, tmp_path: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -141,6 +146,35 @@ def test_another_compiler_or_header_is_another_entry(
     monkeypatch.setattr(compiler, what, headers if what == "SOURCES" else lambda: "99.0")
     with pytest.raises(AssertionError, match="compiled"):
         compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_threads_load_everything_before_they_store(nvrtc: None, tmp_path: Path, channels_last: bool) -> None:
+    """No load may pass a store: one that comes later in the code waits, and with it all that follows."""
+    expression = fused_bias_act_expression("float16", ALL_FACTORS, channels_last=channels_last)
+    compiled = compile_kernels(FUSED_BIAS_ACT, [expression], arch="sm_75", format="ptx", cache=tmp_path)
+    accesses = re.findall(r"\b(ld|st)\.global\.", compiled.code.decode())
+    stores = {len(list(group)) for kind, group in itertools.groupby(accesses) if kind == "st"}
+    # Four planes or pixels, or one plane of those that are left.
+    assert stores == ({geometry.BIAS_ACT_PIXELS} if channels_last else {geometry.BIAS_ACT_PLANES, 1})
+
+
+@pytest.mark.parametrize("option", ["--use_fast_math", "--define-macro=COUNT=4"])
+def test_another_option_of_the_compiler_is_another_entry(
+    compiled: CompiledKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    options = compiler._options
+    monkeypatch.setattr(compiler, "_options", lambda arch, format: [*options(arch, format), option])
+    compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_where_headers_lie_makes_no_entry(
+    compiled: CompiledKernels, tmp_path: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = shutil.copytree(compiler.SOURCES, tmp_path / "elsewhere")
+    monkeypatch.setattr(compiler, "SOURCES", elsewhere)
+    assert compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE) == compiled
 
 
 @pytest.mark.parametrize("damage", [b"", b"no line", b"0000\n{}", None])
@@ -220,14 +254,30 @@ def test_missing_headers_are_named(nvrtc: None, monkeypatch: pytest.MonkeyPatch,
         compile_kernels("shift", EXPRESSIONS, arch="sm_90", cache=tmp_path, source=SOURCE)
 
 
-def test_a_toolkits_compiler_has_its_own_version(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
+def test_the_compiler_is_told_by_its_library(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import cuda.pathfinder
 
-    monkeypatch.setattr(importlib.metadata, "version", fail)
-    major, minor = compiler._compiler_version().split(".")
-    assert int(major) >= 12
-    assert int(minor) >= 0
+    found = cuda.pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path
+    assert found is not None
+    assert compiler._compiler_hash() == hashlib.sha256(Path(found).read_bytes()).hexdigest()
+    hashes = set()
+    for name in ("one", "another"):
+        library = tmp_path / name
+        library.write_text(name, encoding="utf-8")
+        loaded = SimpleNamespace(abs_path=str(library))
+        monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", lambda name, loaded=loaded: loaded)
+        hashes.add(compiler._compiler_hash())
+    assert len(hashes) == 2
+
+
+def test_a_compiler_whose_file_is_not_known_is_told_by_its_version(
+    nvrtc: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cuda.pathfinder
+
+    loaded = SimpleNamespace(abs_path=None)
+    monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", lambda name: loaded)
+    assert re.fullmatch(r"1[2-9]\.\d+", compiler._compiler_hash())
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

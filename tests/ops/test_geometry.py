@@ -85,7 +85,7 @@ def test_upfirdn2d_has_a_tile_for_every_pixel(config: int, batch: int, channels:
     )
     assert (x - 1) * 64 < width <= x * 64
     assert (y - 1) * 64 < height <= y * 64
-    assert (z, block) == (batch * channels, (32, 8, 1))
+    assert (z, block) == (batch * channels, (16, 4, 1))
     (x, y, z), block = geometry.upfirdn2d_grid(config, batch, channels, height, width, item_bytes=4, channels_last=True)
     channel_blocks = -(-channels // 16)  # 64 bytes
     assert x % channel_blocks == 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from restyle_deploy.errors import BackendUnavailableError
 from restyle_deploy.gpu_kernel_checks import (
     FOUND_ERRORS,
+    SANITIZER_OPTIONS,
     SANITIZER_PLACES,
     SANITIZER_TOOLS,
     capture_kernels,
@@ -32,11 +33,14 @@ from restyle_deploy.ops.kernels.launches import Config, Factor
 from restyle_deploy.ops.torch_gpu import why_torch_sees_no_gpu
 from restyle_deploy.ops.upfirdn2d import upfirdn2d_epilogue
 from tests.ops.kernel_cases import (
+    ALIGNED,
     DTYPES,
+    MISALIGNMENTS,
     SKIP_PADS,
     KernelCase,
+    Offsets,
     assert_close,
-    empty_like_case,
+    empty_y,
     fused_bias_act_cases,
     inputs_of,
     launch_of,
@@ -85,6 +89,16 @@ def test_sizes_of_the_model(config: Config | None, channels_last: bool, dtype: t
     check_kernel(base if config is None else _filtering_case(base, config))
 
 
+@pytest.mark.parametrize("config", [None, Config.BLUR])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tensors_are_misaligned_each_in_its_own_way(config: Config | None, channels_last: bool) -> None:
+    for dtype, offsets in itertools.product(DTYPES, MISALIGNMENTS):
+        base = KernelCase(
+            shape=(1, 16, 4, 8), factors=Factor(31), dtype=dtype, channels_last=channels_last, offsets=offsets
+        )
+        check_kernel(base if config is None else _filtering_case(base, config))
+
+
 def check_kernel(case: KernelCase) -> None:
     """Run a case twice, into memory of NaN: right, the same both times, and nothing behind y is touched."""
     launch, tensors = launch_of(case), tensors_of(case, "cuda")
@@ -99,11 +113,11 @@ def check_kernel(case: KernelCase) -> None:
 
 
 def _guarded(case: KernelCase) -> tuple[Tensor, Tensor]:
-    """Return y as `empty_like_case` makes it, and the elements behind it."""
-    start = case.misalignment
+    """Return y as `empty_y` makes it, and the elements behind it."""
+    start = case.offsets.y
     count = math.prod(case.out_shape)
     memory = torch.full((start + count + GUARD,), math.nan, dtype=case.dtype, device="cuda")
-    strides = empty_like_case(case, case.out_shape).stride()
+    strides = empty_y(case).stride()
     return memory.as_strided(case.out_shape, strides, start), memory[start + count :]
 
 
@@ -191,7 +205,7 @@ def test_pytorch_accepts_the_operators() -> None:
 @pytest.mark.parametrize("tool", SANITIZER_TOOLS)
 def test_the_sanitizer_finds_nothing(tool: str, call: str, project_root: Path) -> None:
     code, output = _sanitize(tool, call, project_root)
-    assert code == 0, output
+    assert code == 0, output[-4000:]
     assert re.search(r"\d+ (samples|cases) ran", output)
 
 
@@ -199,20 +213,20 @@ def test_the_sanitizer_finds_nothing(tool: str, call: str, project_root: Path) -
 def test_the_sanitizer_finds_a_planted_overrun(project_root: Path) -> None:
     """Else the test above could not fail."""
     code, output = _sanitize("memcheck", "run_overrun()", project_root)
-    assert code == FOUND_ERRORS, output
+    assert code == FOUND_ERRORS, output[-4000:]
     assert "Invalid __global__" in output
 
 
 def run_samples() -> None:
     """Run every kernel on each type and layout, on shapes that end inside a vector and inside a tile."""
-    base = KernelCase(shape=(2, 5, 37, 67), factors=Factor(31), misalignment=1)
+    base = KernelCase(shape=(2, 5, 37, 67), factors=Factor(31))
     configs = (None, *Config)
     count = 0
     for config, dtype, channels_last in itertools.product(configs, DTYPES, (False, True)):
-        for shape, misalignment in ((base.shape, 1), ((1, 65, 16, 32), 0)):
-            case = replace(base, shape=shape, dtype=dtype, channels_last=channels_last, misalignment=misalignment)
+        for shape, offsets in ((base.shape, Offsets(x=1, noise=1, y=1)), ((1, 65, 16, 32), ALIGNED)):
+            case = replace(base, shape=shape, dtype=dtype, channels_last=channels_last, offsets=offsets)
             case = case if config is None else _filtering_case(case, config)
-            tensors, y = tensors_of(case, "cuda"), empty_like_case(case, case.out_shape, "cuda")
+            tensors, y = tensors_of(case, "cuda"), empty_y(case, "cuda")
             run(launch_of(case), inputs_of(tensors), y)
             assert_close(case, y, tensors)
             count += 1
@@ -225,7 +239,7 @@ def run_grid(count: int) -> None:
 
     def run_one(case: KernelCase) -> None:
         nonlocal ran
-        tensors, y = tensors_of(case, "cuda"), empty_like_case(case, case.out_shape, "cuda")
+        tensors, y = tensors_of(case, "cuda"), empty_y(case, "cuda")
         run(launch_of(case), inputs_of(tensors), y)
         assert_close(case, y, tensors)
         ran += 1
@@ -246,7 +260,7 @@ def run_grid(count: int) -> None:
 def run_overrun() -> None:
     """Tell a kernel of one image more than there is."""
     case = KernelCase(shape=(4, 64, 64, 64), factors=Factor.ACTIVATION)
-    tensors, y = tensors_of(case, "cuda"), empty_like_case(case, case.shape, "cuda")
+    tensors, y = tensors_of(case, "cuda"), empty_y(case, "cuda")
     run(launch_of(replace(case, shape=(5, *case.shape[1:]))), inputs_of(tensors), y)
     torch.cuda.synchronize()
 
@@ -266,10 +280,11 @@ def _sanitize(tool: str, call: str, project_root: Path) -> tuple[int, str]:
     if found is None:
         pytest.skip(f"no compute-sanitizer on the PATH or in {', '.join(SANITIZER_PLACES)}")
     # torch would hand out parts of one large allocation, beyond which nothing is found.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(project_root)}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(project_root), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
         [
-            *(found, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS)),
+            *(found, "--tool", tool, *SANITIZER_OPTIONS),
             *(sys.executable, "-c", f"from tests.ops.test_kernels_on_gpu import *; {call}"),
         ],
         cwd=project_root,
@@ -282,4 +297,4 @@ def _sanitize(tool: str, call: str, project_root: Path) -> tuple[int, str]:
     output = result.stdout + result.stderr
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer says: Device not supported")
-    return result.returncode, output[-4000:]
+    return result.returncode, output

@@ -37,11 +37,14 @@ from tests.ops.host_cuda.host_kernels import (
     find_compiler,
 )
 from tests.ops.kernel_cases import (
+    ALIGNED,
     DTYPES,
+    MISALIGNMENTS,
     SKIP_PADS,
     KernelCase,
+    Offsets,
     assert_close,
-    empty_like_case,
+    empty_y,
     fused_bias_act_cases,
     inputs_of,
     launch_of,
@@ -97,7 +100,7 @@ def with_compiled_factors(case: KernelCase) -> KernelCase:
 
 def check(case: KernelCase, library: HostLibrary, *, schedule: int = 0) -> None:
     """Run a case into memory of NaN; the emulator reports every access outside of the tensors."""
-    tensors, y = tensors_of(case), empty_like_case(case, case.out_shape)
+    tensors, y = tensors_of(case), empty_y(case)
     library.run(launch_of(case), inputs_of(tensors), y, schedule=schedule)
     assert_close(case, y, tensors)
 
@@ -133,18 +136,38 @@ def test_the_sizes_of_an_up_layer(libraries: Libraries, channels_last: bool) -> 
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("config", [None, Config.BLUR])
+def test_tensors_are_misaligned_each_in_its_own_way(
+    libraries: Libraries, config: Config | None, channels_last: bool
+) -> None:
+    for dtype, offsets in itertools.product(DTYPES, MISALIGNMENTS):
+        base = KernelCase(shape=(1, 16, 4, 8), factors=ALL, dtype=dtype, channels_last=channels_last, offsets=offsets)
+        check(filtered(base, config), libraries[kernel_of(config)])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 15, 18])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_planes_that_begin_at_all_remainders(libraries: Libraries, channels: int, offset: int) -> None:
+    """In groups of one to four planes that are up to eight planes apart, and planes smaller than a vector."""
+    for dtype, sides in itertools.product((torch.float16, torch.float32), ((5, 7), (5, 6), (3, 4), (1, 3), (1, 1))):
+        offsets = Offsets(x=offset, y=offset)
+        case = KernelCase(shape=(3, channels, *sides), factors=ALL, dtype=dtype, offsets=offsets)
+        check(case, libraries[FUSED_BIAS_ACT])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_threads_go_on_where_blocks_are_few(libraries: Libraries, channels_last: bool) -> None:
     case = KernelCase(shape=(3, 20, 9, 16), factors=ALL, dtype=torch.float16, channels_last=channels_last)
     launch = replace(launch_of(case), grid=(1, 1, 1))
     assert launch_of(case).grid[0] > 1
-    tensors, y = tensors_of(case), empty_like_case(case, case.out_shape)
+    tensors, y = tensors_of(case), empty_y(case)
     libraries[FUSED_BIAS_ACT].run(launch, inputs_of(tensors), y)
     assert_close(case, y, tensors)
 
 
 def test_values_beyond_the_type_become_infinite(libraries: Libraries) -> None:
     case = KernelCase(shape=(1, 1, 2, 8), factors=BIAS_AND_ACTIVATION, dtype=torch.float16, gain=4.0)
-    tensors, y = tensors_of(case), empty_like_case(case, case.out_shape)
+    tensors, y = tensors_of(case), empty_y(case)
     tensors.x.fill_(60000.0)
     tensors.x[..., 1] = math.nan
     libraries[FUSED_BIAS_ACT].run(launch_of(case), inputs_of(tensors), y)
@@ -181,7 +204,7 @@ PLANES, WALK, SHARED_FILTERING = "filtering_planes.cuh", "filtering_channels_las
 MISTAKES = {
     "no barrier before a tile is read": (PLANES, "__syncthreads();", "", False),
     "a tile is not waited for": (PLANES, "wait_for_copies<0>();", "", False),
-    "a row reads its neighbour": (PLANES, "column + VECTOR<T> <= width;", "true;", False),
+    "a row reads its neighbour": (PLANES, "tile.clear_edges()", "false", False),
     "no barrier before a buffer is filled again": (
         WALK,
         "        }\n        __syncthreads();\n    }",
@@ -189,21 +212,29 @@ MISTAKES = {
         True,
     ),
     "the latest rows are not waited for": (WALK, "wait_for_copies<1>", "wait_for_copies<2>", True),
-    "the filter is not flipped": (SHARED_FILTERING, "(TAPS - 1 - t) * TAPS", "t * TAPS", True),
+    "the filter is not flipped": (SHARED_FILTERING, "flipped * TAPS", "thread % TAPS * TAPS", True),
 }
+
+
+def build_changed(
+    folder: Path, source: str, expressions: Sequence[str], *, file: str, text: str, replacement: str
+) -> HostLibrary:
+    """Compile a copy of the sources in which a text is another one."""
+    for path in SOURCES.glob("*.cu*"):
+        shutil.copy(path, folder)
+    content = (SOURCES / file).read_text(encoding="utf-8")
+    assert text in content
+    (folder / file).write_text(content.replace(text, replacement), encoding="utf-8")
+    return HostLibrary(path=build_library(source, expressions, folder=folder))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_kernel_is_found(mistake: str, tmp_path: Path) -> None:
     file, text, replacement, channels_last = MISTAKES[mistake]
-    for path in SOURCES.glob("*.cu*"):
-        shutil.copy(path, tmp_path)
-    source = (SOURCES / file).read_text(encoding="utf-8")
-    assert text in source
-    (tmp_path / file).write_text(source.replace(text, replacement), encoding="utf-8")
     base = KernelCase(shape=(1, 8, 40, 33), factors=ALL, dtype=torch.float16, channels_last=channels_last)
     case = filtered(base, Config.BLUR)
-    library = HostLibrary(path=build_library("upfirdn2d.cu", [launch_of(case).expression], folder=tmp_path))
+    expressions = [launch_of(case).expression]
+    library = build_changed(tmp_path, "upfirdn2d.cu", expressions, file=file, text=text, replacement=replacement)
     found = 0
     for schedule in range(3):
         try:
@@ -211,6 +242,77 @@ def test_a_mistake_in_a_kernel_is_found(mistake: str, tmp_path: Path) -> None:
         except (AssertionError, HostKernelError):
             found += 1
     assert found > 0
+
+
+FUSED = "fused_bias_act.cu"
+# What is wrong in it: the text, what stands there instead, the case.
+ODD_PLANES = KernelCase(shape=(3, 18, 5, 7), factors=ALL, dtype=torch.float16)
+VECTORS = replace(ODD_PLANES, shape=(1, 16, 4, 8))
+FUSED_MISTAKES = {
+    "factors are taken for aligned": (
+        " && inputs.template factors_are_aligned<FACTORS>()",
+        "",
+        replace(VECTORS, channels_last=True, offsets=Offsets(bias=1)),
+    ),
+    "noise is taken for aligned": (
+        "if (is_aligned(address, ",
+        "if (true || (",
+        replace(VECTORS, offsets=Offsets(noise=1)),
+    ),
+    "planes of an item begin at other pixels": ("% COUNT != 0) {", "% 1 != 0) {", ODD_PLANES),
+}
+
+
+@pytest.mark.parametrize("mistake", FUSED_MISTAKES)
+def test_a_mistake_in_fused_bias_act_is_found(mistake: str, tmp_path: Path) -> None:
+    text, replacement, case = FUSED_MISTAKES[mistake]
+    expressions = [launch_of(case).expression]
+    library = build_changed(tmp_path, FUSED, expressions, file=FUSED, text=text, replacement=replacement)
+    with pytest.raises((AssertionError, HostKernelError)):
+        check(case, library)
+
+
+@pytest.fixture(scope="module")
+def width_writer(tmp_path_factory: pytest.TempPathFactory) -> HostLibrary:
+    """`fused_bias_act` that stores, instead of each result, of how many bytes the access is that stores it."""
+    text = "__stwb(reinterpret_cast<typename Pack<T, COUNT>::Word*>(address), pack.word);"
+    replacement = "for (int i = 0; i < COUNT; ++i) __stwb(address + i, __float2half_rn(sizeof(pack.word)));"
+    expressions = [fused_bias_act_expression("float16", ALL, channels_last=last) for last in (False, True)]
+    folder = tmp_path_factory.mktemp("width")
+    return build_changed(folder, FUSED, expressions, file="common.cuh", text=text, replacement=replacement)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "offsets", "narrow", "narrow_bytes"),
+    [
+        ((2, 3, 4, 4), False, ALIGNED, 0, 2),
+        ((2, 3, 4, 4), False, Offsets(noise=1, demod=1, bias=1, next_scale=1), 0, 2),
+        # Of 16 pixels, 5 before one vector and 3 behind it.
+        ((2, 3, 4, 4), False, Offsets(x=3, y=3), 6 * 8, 2),
+        # Of 35, 3 are outside of 4 vectors, or 11 of 3, where there are 3, 4, 5 or 7 before the first one.
+        ((1, 8, 5, 7), False, ALIGNED, 4 * 3 + 4 * 11, 2),
+        ((2, 3, 4, 4), False, Offsets(x=2, y=4), 6 * 16, 4),
+        ((1, 8, 5, 7), False, Offsets(x=1, y=2), 8 * 35, 2),
+        ((1, 16, 5, 7), True, Offsets(noise=1), 0, 2),
+        ((1, 16, 5, 7), True, Offsets(bias=1), 16 * 35, 4),
+        ((1, 6, 5, 7), True, ALIGNED, 6 * 35, 4),
+        ((1, 5, 5, 7), True, ALIGNED, 5 * 35, 2),
+        ((1, 16, 5, 7), True, Offsets(x=1), 16 * 35, 2),
+    ],
+)
+def test_how_wide_accesses_are(
+    width_writer: HostLibrary,
+    shape: tuple[int, int, int, int],
+    channels_last: bool,
+    offsets: Offsets,
+    narrow: int,
+    narrow_bytes: int,
+) -> None:
+    case = KernelCase(shape=shape, factors=ALL, dtype=torch.float16, channels_last=channels_last, offsets=offsets)
+    y = empty_y(case)
+    width_writer.run(launch_of(case), inputs_of(tensors_of(case)), y)
+    assert int((y == 16).sum()) == y.numel() - narrow
+    assert int((y == narrow_bytes).sum()) == narrow
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,12 @@ struct Pack {
     Word word;
 };
 
+// A truth value as a type, to choose a template's instantiation by what an argument is.
+template <bool TRUTH>
+struct Is {
+    static constexpr bool VALUE = TRUTH;
+};
+
 __device__ __forceinline__ int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
 // A division of 64 bits takes about five times as long as one of 32, and is hardly ever needed. Both are at least 0.
@@ -227,15 +233,30 @@ struct Epilogue {
 
     // noise: noise[h, w], not yet scaled; any value where NOISE is absent.
     __device__ __forceinline__ float operator()(float value, float noise, int i = 0) const {
+        return activate(fmaf(value, factor(i), offset(noise, i)), i);
+    }
+
+    // Its parts, for those who multiply and add something else as well: activate(value * factor() + offset(noise)).
+    __device__ __forceinline__ float factor(int i = 0) const {
         if constexpr ((FACTORS & DEMOD) != 0) {
-            value *= demod[i];
+            return demod[i];
+        } else {
+            return 1.0f;
+        }
+    }
+
+    __device__ __forceinline__ float offset(float noise, int i = 0) const {
+        float sum = 0.0f;
+        if constexpr ((FACTORS & BIAS) != 0) {
+            sum = bias[i];
         }
         if constexpr ((FACTORS & NOISE) != 0) {
-            value = fmaf(noise, noise_strength, value);
+            sum = fmaf(noise, noise_strength, sum);
         }
-        if constexpr ((FACTORS & BIAS) != 0) {
-            value += bias[i];
-        }
+        return sum;
+    }
+
+    __device__ __forceinline__ float activate(float value, int i = 0) const {
         if constexpr ((FACTORS & ACTIVATION) != 0) {
             value = value < 0.0f ? value * slope : value;
         }

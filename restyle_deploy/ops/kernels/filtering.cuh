@@ -35,8 +35,12 @@ struct SeparableTaps {
     float horizontal[TAPS];
 };
 
-// Recovers the taps from the row and the column of the filter's largest entry, which is not 0.
-__device__ __forceinline__ void find_taps(const float* filter, SeparableTaps& taps) {
+// Recovers the taps from the row and the column of the filter's largest entry, which is not 0: each of a block's first
+// eight threads one of them.
+__device__ __forceinline__ void find_taps(const float* filter, SeparableTaps& taps, int thread) {
+    if (thread >= 2 * TAPS) {
+        return;
+    }
     int largest = 0;
     float magnitude = 0.0f;
 #pragma unroll
@@ -45,12 +49,11 @@ __device__ __forceinline__ void find_taps(const float* filter, SeparableTaps& ta
         largest = entry > magnitude ? i : largest;
         magnitude = fmaxf(entry, magnitude);
     }
-    const int row = largest / TAPS;
-    const int column = largest % TAPS;
-#pragma unroll
-    for (int t = 0; t < TAPS; ++t) {
-        taps.horizontal[t] = __ldg(filter + row * TAPS + TAPS - 1 - t);
-        taps.vertical[t] = __ldg(filter + (TAPS - 1 - t) * TAPS + column) / __ldg(filter + largest);
+    const int flipped = TAPS - 1 - thread % TAPS;
+    if (thread < TAPS) {
+        taps.horizontal[thread] = __ldg(filter + (largest / TAPS * TAPS + flipped));
+    } else {
+        taps.vertical[thread - TAPS] = __ldg(filter + (flipped * TAPS + largest % TAPS)) / __ldg(filter + largest);
     }
 }
 

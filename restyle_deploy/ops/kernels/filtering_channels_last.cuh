@@ -98,15 +98,16 @@ struct Walk {
 
     // Starts to copy rows [first_row, first_row + rows), with zeros where there is no image.
     __device__ __forceinline__ void fetch(T* buffer, int first_row, int rows) const {
+        int row = static_cast<int>(threadIdx.y) / COLUMNS;
+        int column = static_cast<int>(threadIdx.y) % COLUMNS;
 #pragma unroll 1
-        for (int i = threadIdx.y; i < rows * COLUMNS; i += CHANNELS_LAST_TILE_WIDTH) {
-            const int row = i / COLUMNS;
-            const int column = i - row * COLUMNS;
-            const int in_row = first_row + row;
-            const int in_column = first_column + column;
-            const bool inside =
-                in_row >= 0 && in_row < height && in_column >= 0 && in_column < width && channel < channels;
-            const T* source = image + (static_cast<long long>(in_row) * width + in_column) * channels + channel;
+        while (row < rows) {
+            const unsigned int in_row = first_row + row;
+            const unsigned int in_column = first_column + column;
+            const bool inside = in_row < static_cast<unsigned int>(height) &&
+                                in_column < static_cast<unsigned int>(width) && channel < channels;
+            const int pixel = static_cast<int>(in_row * static_cast<unsigned int>(width) + in_column);
+            const T* source = image + (static_cast<long long>(pixel) * channels + channel);
             T* target = buffer + offset(row, column);
             if constexpr (COUNT == VECTOR<T>) {
                 copy_async(target, source, inside);
@@ -116,6 +117,12 @@ struct Walk {
                     pack = load_pack<COUNT>(source);
                 }
                 memcpy(target, &pack.word, sizeof(pack.word));
+            }
+            row += CHANNELS_LAST_TILE_WIDTH / COLUMNS;
+            column += CHANNELS_LAST_TILE_WIDTH % COLUMNS;
+            if (column >= COLUMNS) {
+                column -= COLUMNS;
+                ++row;
             }
         }
     }
@@ -176,8 +183,9 @@ __device__ __forceinline__ void combine_rows(const float (&rows)[TAPS][COUNT], i
 
 // Walks down the tile for one vector of channels per thread.
 template <typename T, int CONFIG, int FACTORS, int COUNT>
-__device__ __forceinline__ void walk_down(const Walk<T, CONFIG, COUNT>& walk, WalkMemory<T, CONFIG>& shared,
-                                          const PixelWriter<T, FACTORS, COUNT>& writer, int first_row, int in_row) {
+__device__ __forceinline__ void walk_down(const Walk<T, CONFIG, COUNT>& walk, const float* filter,
+                                          WalkMemory<T, CONFIG>& shared, const PixelWriter<T, FACTORS, COUNT>& writer,
+                                          int first_row, int in_row) {
     constexpr int FIRST_ROWS = WALK_FIRST_ROWS<CONFIG>;
     constexpr int STEP_RESULTS = WALK_STEP_RESULTS<CONFIG>;
     const int steps = divide_up(min(CHANNELS_LAST_TILE_HEIGHT, writer.height - first_row), STEP_RESULTS);
@@ -185,6 +193,7 @@ __device__ __forceinline__ void walk_down(const Walk<T, CONFIG, COUNT>& walk, Wa
     close_copies();
     walk.fetch(shared.buffer(1), in_row + FIRST_ROWS, WALK_STEP_ROWS);
     close_copies();
+    find_taps(filter, shared.taps, threadIdx.y * CHANNELS_LAST_VECTORS + threadIdx.x);
     wait_for_copies<1>();
     __syncthreads();
     const SeparableTaps taps = shared.taps;
@@ -245,13 +254,10 @@ __device__ __forceinline__ void filter_channels(const T* x, const EpilogueInputs
             writer.store(row, sums, writer.load_noise(row));
         }
     } else {
-        if (threadIdx.x == 0 && threadIdx.y == 0) {
-            find_taps(f.filter, shared.taps);
-        }
         const int in_column = CONFIG == BLUR ? tile_left - f.pad_left : tile_left / 2 - 1;
         const int in_row = CONFIG == BLUR ? first_row - f.pad_top : first_row / 2 - 1;
         const Walk<T, CONFIG, COUNT> walk{image, f.in_height, f.in_width, f.channels, channel, in_column};
-        walk_down(walk, shared, writer, first_row, in_row);
+        walk_down(walk, f.filter, shared, writer, first_row, in_row);
     }
 }
 

@@ -1,35 +1,47 @@
-// upfirdn2d for NCHW. One block of 32 x 8 threads makes one tile of 64 x 64 pixels of one plane.
+// upfirdn2d for NCHW. One block of 16 x 4 threads makes one tile of 64 x 64 pixels of one plane.
 //
 // The rows of a plane begin anywhere (the input of the blur is 2 * size + 1 pixels wide), so a tile is copied by
 // aligned chunks of 16 bytes, and each of its rows in shared memory keeps the misalignment it has in global memory:
-// `shift` elements lie in front of the tile's first column. A warp works on one row: lane l makes columns 2l and 2l + 1
-// of eight rows, and reads its samples by words of two elements, without bank conflicts. It filters a row horizontally
-// as it comes, keeps the last four results in registers, and filters these vertically, so that nothing goes back to
-// shared memory.
+// `shift` elements lie in front of the tile's first column. Chunks are copied whole, whatever they hold of the rows next
+// to theirs; columns outside of the plane become zeros afterwards, in the tiles at its edges only. Half a warp works on
+// one row: lane l makes columns 4l to 4l + 3 of 16 rows, and reads its samples by words of two elements. It filters a
+// row horizontally as it comes, keeps the last four results in registers, and filters these vertically, so that nothing
+// goes back to shared memory. Few instructions per result are the aim: a result moves four bytes in float16, and a
+// multiprocessor that fetches as fast as it copies has time for some forty (docs/gpu.md).
 #pragma once
 
 #include "filtering.cuh"
 
 constexpr int TILE_WIDTH = 64;
 constexpr int TILE_HEIGHT = 64;
-constexpr int TILE_LANES = 32;
-constexpr int TILE_STRIPS = 8;
+constexpr int TILE_LANES = 16;
+constexpr int TILE_STRIPS = 4;
+constexpr int TILE_THREADS = TILE_LANES * TILE_STRIPS;
 constexpr int STRIP_ROWS = TILE_HEIGHT / TILE_STRIPS;
 constexpr int COLUMNS_PER_LANE = TILE_WIDTH / TILE_LANES;
+// How many rows of noise are on their way from memory.
+constexpr int NOISE_AHEAD = 8;
 
-// How many input rows and columns a tile needs at most: 3 and 2 around its own.
+// How many input rows and columns a tile needs at most, and a part of it: 3 and 2 around its own.
 template <int CONFIG>
-constexpr int TILE_INPUT = CONFIG == BLUR ? TILE_WIDTH + 3 : TILE_WIDTH / 2 + 2;
+__device__ constexpr int input_of(int outputs) {
+    return CONFIG == BLUR ? outputs + TAPS - 1 : (outputs + 1) / 2 + 2;
+}
 
-// How many chunks of 16 bytes hold a row of it, shifted by at most VECTOR - 1 elements.
-template <typename T, int CONFIG>
-constexpr int TILE_CHUNKS = (TILE_INPUT<CONFIG> + VECTOR<T> - 1 + VECTOR<T> - 1) / VECTOR<T>;
+template <int CONFIG>
+constexpr int TILE_INPUT = input_of<CONFIG>(TILE_WIDTH);
+
+// How many chunks of 16 bytes hold so many adjacent elements, shifted by at most VECTOR - 1.
+template <typename T>
+__device__ constexpr int chunks_of(int elements) {
+    return (elements + 2 * (VECTOR<T> - 1)) / VECTOR<T>;
+}
 
 // The part of a plane that lies in shared memory.
 template <typename T, int CONFIG>
 struct Tile {
     static constexpr int ROWS = TILE_INPUT<CONFIG>;
-    static constexpr int CHUNKS = TILE_CHUNKS<T, CONFIG>;
+    static constexpr int CHUNKS = chunks_of<T>(TILE_INPUT<CONFIG>);
     using Chunks = uint4[ROWS][CHUNKS];
 
     Chunks& chunks;
@@ -38,188 +50,299 @@ struct Tile {
     int width;
     int first_row;  // of the plane; may lie outside of it, like first_column
     int first_column;
+    int rows;  // that are needed, like columns
+    int columns;
 
-    __device__ __forceinline__ int shift(int row) const {
-        const unsigned int elements = static_cast<unsigned int>(reinterpret_cast<size_t>(plane) / sizeof(T));
-        const unsigned int offset = static_cast<unsigned int>(first_row + row) * static_cast<unsigned int>(width);
-        return static_cast<int>((elements + offset + static_cast<unsigned int>(first_column)) & (VECTOR<T> - 1));
+    // Of the tile's first sample in a row: its distance, in elements, from some multiple of 16 bytes.
+    __device__ __forceinline__ unsigned int phase(int row) const {
+        return misalignment() + static_cast<unsigned int>(first_row + row) * static_cast<unsigned int>(width) +
+               static_cast<unsigned int>(first_column);
     }
 
-    // The samples of a row; [0] is the sample of first_column.
-    __device__ __forceinline__ const T* row(int row) const {
-        return reinterpret_cast<const T*>(chunks[row]) + shift(row);
-    }
-
-    // Starts to copy the first `rows` rows, with zeros where there is no plane.
-    __device__ __forceinline__ void fill(int rows) const {
-        for (int i = threadIdx.y * TILE_LANES + threadIdx.x; i < rows * CHUNKS; i += TILE_LANES * TILE_STRIPS) {
-            const int row = i / CHUNKS;
-            const int chunk = i - row * CHUNKS;
-            fill_chunk(chunks[row][chunk], first_row + row, first_column - shift(row) + chunk * VECTOR<T>);
+    // Starts to copy the rows, with zeros for those outside of the plane. `before` and `after` are numbers of elements
+    // that may be read on both sides of the plane. A thread copies one chunk of every row that is its turn.
+    __device__ __forceinline__ void fill(int before, int after) const {
+        constexpr int STEP = TILE_THREADS / CHUNKS;
+        const int thread = threadIdx.y * TILE_LANES + threadIdx.x;
+        const int chunk = thread % CHUNKS;
+        if (thread >= STEP * CHUNKS || chunk >= chunks_of<T>(min(columns, max(width - first_column, 0)))) {
+            return;
         }
+        const T* readable = plane - before;
+        const int end = before + height * width + after;
+        const unsigned int whole = max(end - VECTOR<T> + 1, 0);  // where a whole chunk may begin
+        const unsigned int from = before + chunk * VECTOR<T> - misalignment();
+        uint4* target = &chunks[thread / CHUNKS][chunk];
+#pragma unroll 1
+        for (int row = thread / CHUNKS; row < rows; row += STEP, target += STEP * CHUNKS) {
+            const unsigned int offset = (phase(row) & -VECTOR<T>) + from;
+            const bool inside = static_cast<unsigned int>(first_row + row) < static_cast<unsigned int>(height);
+            if (!inside || offset < whole) {
+                copy_async(target, readable + static_cast<int>(offset), inside);
+            } else {
+                copy_what_is_there(*target, readable, static_cast<int>(offset), end);
+            }
+        }
+    }
+
+    // Puts zeros in the place of columns outside of the plane, once they have been copied. Returns whether there are
+    // any; the same for all threads of the block.
+    __device__ __forceinline__ bool clear_edges() const {
+        const int left = min(max(-first_column, 0), columns);
+        const int right = min(max(width - first_column, 0), columns);
+        if (left == 0 && right == columns) {
+            return false;
+        }
+#pragma unroll 1
+        for (int row = threadIdx.y * TILE_LANES + threadIdx.x; row < rows; row += TILE_THREADS) {
+            T* samples = reinterpret_cast<T*>(chunks[row]) + (phase(row) & (VECTOR<T> - 1));
+#pragma unroll 1
+            for (int column = 0; column < left; ++column) {
+                round_to(0.0f, samples[column]);
+            }
+#pragma unroll 1
+            for (int column = right; column < columns; ++column) {
+                round_to(0.0f, samples[column]);
+            }
+        }
+        return true;
     }
 
 private:
-    __device__ __forceinline__ void fill_chunk(uint4& chunk, int plane_row, int column) const {
-        const T* source = plane + (plane_row * width + column);
-        const int end = min(width, first_column + TILE_INPUT<CONFIG>);
-        const bool outside = plane_row < 0 || plane_row >= height || column <= -VECTOR<T> || column >= end;
-        const bool whole = column >= 0 && column + VECTOR<T> <= width;
-        if (outside || whole) {
-            copy_async(&chunk, source, !outside);
-            return;
-        }
-        // The row's first or last chunk also holds elements of the rows next to it, or of nothing at all.
+    __device__ __forceinline__ unsigned int misalignment() const {
+        return static_cast<unsigned int>(reinterpret_cast<size_t>(plane) / sizeof(T)) & (VECTOR<T> - 1);
+    }
+
+    // A chunk that the tensor does not hold all of: of `readable`, elements 0 to `end` are there.
+    __device__ __forceinline__ void copy_what_is_there(uint4& chunk, const T* readable, int offset, int end) const {
         typename Pack<T, 1>::Word items[VECTOR<T>];
 #pragma unroll
         for (int k = 0; k < VECTOR<T>; ++k) {
             items[k] = 0;
-            if (column + k >= 0 && column + k < width) {
-                items[k] = load_pack<1>(source + k).word;
+            if (offset + k >= 0 && offset + k < end) {
+                items[k] = load_pack<1>(readable + (offset + k)).word;
             }
         }
         memcpy(&chunk, items, sizeof(chunk));
     }
 };
 
-// Reads five adjacent elements of shared memory by words of two. `address` is a multiple of the element size only.
-__device__ __forceinline__ void read_five(const float* address, float (&values)[5]) {
-    const bool odd = !is_aligned(address, 8);
-    const float2* pairs = reinterpret_cast<const float2*>(address - (odd ? 1 : 0));
-    const float2 a = pairs[0], b = pairs[1], c = pairs[2];
-    values[0] = odd ? a.y : a.x;
-    values[1] = odd ? b.x : a.y;
-    values[2] = odd ? b.y : b.x;
-    values[3] = odd ? c.x : b.y;
-    values[4] = odd ? c.y : c.x;
+// Reads COUNT adjacent elements of shared memory. `row` is at a multiple of 4 bytes; the first of them is that many
+// elements behind it.
+template <int COUNT>
+__device__ __forceinline__ void read_samples(const float* row, unsigned int first, float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        values[i] = row[first + i];
+    }
 }
 
-template <typename T>
-__device__ __forceinline__ void read_five(const T* address, float (&values)[5]) {
-    const bool odd = !is_aligned(address, 4);
-    const unsigned int* words = reinterpret_cast<const unsigned int*>(address - (odd ? 1 : 0));
-    const unsigned int bits = odd ? 16 : 0;
-    const unsigned int aligned[3] = {__funnelshift_r(words[0], words[1], bits),
-                                     __funnelshift_r(words[1], words[2], bits), words[2] >> bits};
-    T items[6];
-    memcpy(items, aligned, sizeof(items));
+// By words of two.
+template <int COUNT, typename T>
+__device__ __forceinline__ void read_samples(const T* row, unsigned int first, float (&values)[COUNT]) {
+    constexpr int WORDS = COUNT / 2 + 1;
+    const unsigned int* words = reinterpret_cast<const unsigned int*>(row + (first & ~1u));
+    const unsigned int bits = (first & 1) * 16;
+    unsigned int read[WORDS + 1];
 #pragma unroll
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < WORDS; ++i) {
+        read[i] = words[i];
+    }
+    read[WORDS] = 0;
+    T items[2 * WORDS];
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        read[i] = __funnelshift_r(read[i], read[i + 1], bits);
+    }
+    memcpy(items, read, sizeof(items));
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
         values[i] = to_float(items[i]);
     }
 }
 
-// Applies the epilogue to a lane's two columns of one plane, row by row, and stores them.
-template <typename T, int FACTORS>
-struct PlaneWriter {
-    Epilogue<FACTORS> epilogue;
-    const T* noise;
-    T* plane;
-    int height;
-    int width;
-    int column;
-    bool in_pairs;  // whether two columns may be moved by one access
+// Applies the epilogue to a lane's four columns of a strip, row by row, and stores them. WHOLE: all of them are in the
+// plane, and four may be moved by one access.
+template <typename T, int FACTORS, bool WHOLE>
+class StripWriter {
+public:
+    // y and noise: of the strip's first row and the lane's first column. rows, columns: from there to the plane's end.
+    __device__ __forceinline__ StripWriter(const Epilogue<FACTORS>& epilogue, const T* noise, T* y, int width, int rows,
+                                           int columns, bool in_fours)
+        : epilogue_(epilogue),
+          noise_(noise),
+          y_(y),
+          width_(width),
+          rows_(rows),
+          columns_(columns),
+          in_fours_(in_fours && columns >= COLUMNS_PER_LANE) {
+#pragma unroll
+        for (int row = 0; row < NOISE_AHEAD; ++row) {
+            ahead_[row] = load_noise(row);
+        }
+    }
 
-    __device__ __forceinline__ PlaneWriter(const EpilogueInputs<T>& inputs, T* y, const Filtering& f, int n_and_channel,
-                                           int column)
-        : epilogue(inputs, n_and_channel, n_and_channel % f.channels),
-          noise(inputs.noise),
-          plane(y + static_cast<long long>(n_and_channel) * f.out_height * f.out_width),
-          height(f.out_height),
-          width(f.out_width),
-          column(column),
-          in_pairs(f.out_width % 2 == 0 && is_aligned(y, 2 * sizeof(T)) &&
-                   (!(FACTORS & NOISE) || is_aligned(inputs.noise, 2 * sizeof(T)))) {}
+    // What to add a row of filtered samples to, once they are multiplied by `factor`.
+    __device__ __forceinline__ void begin(int row, float (&sums)[COLUMNS_PER_LANE]) {
+        unpack(ahead_[row % NOISE_AHEAD], sums);
+        if (row + NOISE_AHEAD < STRIP_ROWS) {
+            ahead_[row % NOISE_AHEAD] = load_noise(row + NOISE_AHEAD);
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+            sums[c] = epilogue_.offset(sums[c]);
+        }
+    }
 
-    __device__ __forceinline__ Pack<T, 2> load_noise(int row) const {
-        Pack<T, 2> pair{};
-        if constexpr ((FACTORS & NOISE) != 0) {
-            if (row < height && column < width) {
-                const T* address = noise + (row * width + column);
-                if (in_pairs) {
-                    return load_pack<2>(address);
-                }
-                const typename Pack<T, 1>::Word items[2] = {load_pack<1>(address).word,
-                                                            load_pack<1>(address + (column + 1 < width ? 1 : 0)).word};
-                memcpy(&pair.word, items, sizeof(items));
+    __device__ __forceinline__ float factor() const { return epilogue_.factor(); }
+
+    __device__ __forceinline__ void store(int row, float (&sums)[COLUMNS_PER_LANE]) const {
+        if (!WHOLE && (row >= rows_ || columns_ <= 0)) {
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+            sums[c] = epilogue_.activate(sums[c]);
+        }
+        T* address = y_ + row * width_;
+        if (WHOLE || in_fours_) {
+            store_pack<COLUMNS_PER_LANE>(address, round_pack<T>(sums));
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+            const float single[1] = {sums[c]};
+            if (c < columns_) {
+                store_pack<1>(address + c, round_pack<T>(single));
             }
         }
-        return pair;
     }
 
-    __device__ __forceinline__ void store(int row, const float (&sums)[2], const Pack<T, 2>& noise_pair) const {
-        if (row >= height || column >= width) {
-            return;
+private:
+    using Noise = Pack<T, COLUMNS_PER_LANE>;
+
+    __device__ __forceinline__ Noise load_noise(int row) const {
+        Noise noise{};
+        if constexpr ((FACTORS & NOISE) != 0) {
+            const T* address = noise_ + row * width_;
+            if (WHOLE || (row < rows_ && in_fours_)) {
+                return load_pack<COLUMNS_PER_LANE>(address);
+            }
+            typename Pack<T, 1>::Word items[COLUMNS_PER_LANE] = {};
+#pragma unroll
+            for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+                if (row < rows_ && c < columns_) {
+                    items[c] = load_pack<1>(address + c).word;
+                }
+            }
+            memcpy(&noise.word, items, sizeof(items));
         }
-        float noise_values[2];
-        unpack(noise_pair, noise_values);
-        const float values[2] = {epilogue(sums[0], noise_values[0]), epilogue(sums[1], noise_values[1])};
-        T* address = plane + (row * width + column);
-        if (in_pairs) {
-            store_pack<2>(address, round_pack<T>(values));
-            return;
-        }
-        const float first[1] = {values[0]};
-        const float second[1] = {values[1]};
-        store_pack<1>(address, round_pack<T>(first));
-        if (column + 1 < width) {
-            store_pack<1>(address + 1, round_pack<T>(second));
-        }
+        return noise;
     }
+
+    Epilogue<FACTORS> epilogue_;
+    const T* noise_;
+    T* y_;
+    int width_;
+    int rows_;
+    int columns_;
+    bool in_fours_;
+    Noise ahead_[NOISE_AHEAD];
 };
 
-// Filters the rows of a strip; `first_row` is the strip's first in the result, `tile_row` the first that it needs of
-// the tile.
-template <typename T, int FACTORS>
-__device__ __forceinline__ void blur_strip(const Tile<T, BLUR>& tile, const SeparableTaps& taps,
-                                           const PlaneWriter<T, FACTORS>& writer, const Pack<T, 2> (&noise)[STRIP_ROWS],
-                                           int first_row, int tile_row) {
-    float rows[TAPS][2];
+// Filters the rows of a strip; `tile_row` is the first that it needs of the tile.
+template <typename T, typename Writer>
+__device__ __forceinline__ void filter_strip(const Tile<T, BLUR>& tile, const SeparableTaps& taps, Writer writer,
+                                             int tile_row) {
+    float vertical[TAPS];
+#pragma unroll
+    for (int t = 0; t < TAPS; ++t) {
+        vertical[t] = taps.vertical[t] * writer.factor();
+    }
+    const uint4* chunks = tile.chunks[tile_row];
+    unsigned int phase = tile.phase(tile_row);
+    float rows[TAPS][COLUMNS_PER_LANE];
 #pragma unroll
     for (int i = 0; i < STRIP_ROWS + TAPS - 1; ++i) {
-        float samples[TAPS + 1];
-        read_five(tile.row(tile_row + i) + COLUMNS_PER_LANE * threadIdx.x, samples);
-        float sums[2] = {};
+        float samples[COLUMNS_PER_LANE + TAPS - 1];
+        read_samples(reinterpret_cast<const T*>(chunks + i * tile.CHUNKS) + COLUMNS_PER_LANE * threadIdx.x,
+                     phase & (VECTOR<T> - 1), samples);
+        phase += tile.width;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
+        for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
             rows[i % TAPS][c] = samples[c] * taps.horizontal[0];
 #pragma unroll
             for (int t = 1; t < TAPS; ++t) {
                 rows[i % TAPS][c] = fmaf(samples[c + t], taps.horizontal[t], rows[i % TAPS][c]);
             }
-#pragma unroll
-            for (int t = 0; t < TAPS && i >= TAPS - 1; ++t) {
-                sums[c] = fmaf(rows[(i + 1 + t) % TAPS][c], taps.vertical[t], sums[c]);
-            }
         }
         if (i >= TAPS - 1) {
-            writer.store(first_row + i - (TAPS - 1), sums, noise[i - (TAPS - 1)]);
+            float sums[COLUMNS_PER_LANE];
+            writer.begin(i - (TAPS - 1), sums);
+#pragma unroll
+            for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+#pragma unroll
+                for (int t = 0; t < TAPS; ++t) {
+                    sums[c] = fmaf(rows[(i + 1 + t) % TAPS][c], vertical[t], sums[c]);
+                }
+            }
+            writer.store(i - (TAPS - 1), sums);
         }
     }
 }
 
 // Each input row and column gives two: the even ones are taps 0 and 2 of samples j - 1 and j, the odd ones taps 1 and 3
 // of j and j + 1.
-template <typename T, int FACTORS>
-__device__ __forceinline__ void upsample_strip(const Tile<T, SKIP_UPSAMPLE>& tile, const SeparableTaps& taps,
-                                               const PlaneWriter<T, FACTORS>& writer,
-                                               const Pack<T, 2> (&noise)[STRIP_ROWS], int first_row, int tile_row) {
-    float rows[3][2];
+template <typename T, typename Writer>
+__device__ __forceinline__ void filter_strip(const Tile<T, SKIP_UPSAMPLE>& tile, const SeparableTaps& taps,
+                                             Writer writer, int tile_row) {
+    float vertical[TAPS];
+#pragma unroll
+    for (int t = 0; t < TAPS; ++t) {
+        vertical[t] = taps.vertical[t] * writer.factor();
+    }
+    const uint4* chunks = tile.chunks[tile_row];
+    unsigned int phase = tile.phase(tile_row);
+    float rows[3][COLUMNS_PER_LANE];
 #pragma unroll
     for (int i = 0; i < STRIP_ROWS / 2 + 2; ++i) {
-        const T* items = tile.row(tile_row + i) + threadIdx.x;
-        const float samples[3] = {to_float(items[0]), to_float(items[1]), to_float(items[2])};
-        rows[i % 3][0] = samples[0] * taps.horizontal[0] + samples[1] * taps.horizontal[2];
-        rows[i % 3][1] = samples[1] * taps.horizontal[1] + samples[2] * taps.horizontal[3];
-        if (i >= 2) {
-            float even[2], odd[2];
+        float samples[COLUMNS_PER_LANE / 2 + 2];
+        read_samples(reinterpret_cast<const T*>(chunks + i * tile.CHUNKS) + COLUMNS_PER_LANE / 2 * threadIdx.x,
+                     phase & (VECTOR<T> - 1), samples);
+        phase += tile.width;
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                even[c] = rows[(i + 1) % 3][c] * taps.vertical[0] + rows[(i + 2) % 3][c] * taps.vertical[2];
-                odd[c] = rows[(i + 2) % 3][c] * taps.vertical[1] + rows[i % 3][c] * taps.vertical[3];
+        for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+            const int j = (c + 1) / 2;
+            rows[i % 3][c] = samples[j] * taps.horizontal[c % 2] + samples[j + 1] * taps.horizontal[c % 2 + 2];
+        }
+#pragma unroll
+        for (int odd = 0; odd < 2 && i >= 2; ++odd) {
+            const int row = 2 * (i - 2) + odd;
+            float sums[COLUMNS_PER_LANE];
+            writer.begin(row, sums);
+#pragma unroll
+            for (int c = 0; c < COLUMNS_PER_LANE; ++c) {
+                sums[c] = fmaf(rows[(i + 1 + odd) % 3][c], vertical[odd], sums[c]);
+                sums[c] = fmaf(rows[(i + 2 + odd) % 3][c], vertical[odd + 2], sums[c]);
             }
-            writer.store(first_row + 2 * (i - 2), even, noise[2 * (i - 2)]);
-            writer.store(first_row + 2 * (i - 2) + 1, odd, noise[2 * (i - 2) + 1]);
+            writer.store(row, sums);
+        }
+    }
+}
+
+template <typename T, int FACTORS>
+__device__ __forceinline__ void gather_plane(const T* x_plane, const EpilogueInputs<T>& inputs, const Filtering& f,
+                                             T* y_plane, int first_row, int first_column) {
+    const Epilogue<FACTORS> epilogue(inputs, blockIdx.z, static_cast<int>(blockIdx.z) % f.channels);
+    for (int row = first_row; row < min(first_row + STRIP_ROWS, f.out_height); ++row) {
+        for (int column = first_column; column < min(first_column + COLUMNS_PER_LANE, f.out_width); ++column) {
+            float sums[1], noise[1] = {};
+            gather(x_plane, 1, f, row, column, sums);
+            if constexpr ((FACTORS & NOISE) != 0) {
+                unpack(load_pack<1>(inputs.noise + (row * f.out_width + column)), noise);
+            }
+            const float values[1] = {epilogue(sums[0], noise[0])};
+            store_pack<1>(y_plane + (row * f.out_width + column), round_pack<T>(values));
         }
     }
 }
@@ -230,47 +353,52 @@ __device__ __forceinline__ void filter_plane(const T* x, const EpilogueInputs<T>
     const int tile_top = blockIdx.y * TILE_HEIGHT;
     const int tile_left = blockIdx.x * TILE_WIDTH;
     const int first_row = tile_top + threadIdx.y * STRIP_ROWS;
-    const T* x_plane = x + static_cast<long long>(plane) * f.in_height * f.in_width;
-    const PlaneWriter<T, FACTORS> writer(inputs, y, f, plane,
-                                         tile_left + COLUMNS_PER_LANE * static_cast<int>(threadIdx.x));
+    const int column = tile_left + COLUMNS_PER_LANE * threadIdx.x;
+    const int pixels = f.in_height * f.in_width;
+    const T* x_plane = x + static_cast<long long>(plane) * pixels;
+    T* y_plane = y + static_cast<long long>(plane) * f.out_height * f.out_width;
     if constexpr (CONFIG == GENERAL) {
-        for (int row = first_row; row < min(first_row + STRIP_ROWS, f.out_height); ++row) {
-            float first[1] = {}, second[1] = {};
-            gather(x_plane, 1, f, row, writer.column, first);
-            gather(x_plane, 1, f, row, writer.column + 1, second);
-            const float sums[2] = {first[0], second[0]};
-            writer.store(row, sums, writer.load_noise(row));
-        }
+        gather_plane<T, FACTORS>(x_plane, inputs, f, y_plane, first_row, column);
     } else {
         __shared__ typename Tile<T, CONFIG>::Chunks chunks;
         __shared__ SeparableTaps shared_taps;
         const int out_rows = min(TILE_HEIGHT, f.out_height - tile_top);
+        const int out_columns = min(TILE_WIDTH, f.out_width - tile_left);
         const Tile<T, CONFIG> tile{chunks,
                                    x_plane,
                                    f.in_height,
                                    f.in_width,
                                    CONFIG == BLUR ? tile_top - f.pad_top : tile_top / 2 - 1,
-                                   CONFIG == BLUR ? tile_left - f.pad_left : tile_left / 2 - 1};
-        tile.fill(CONFIG == BLUR ? out_rows + 3 : divide_up(out_rows, 2) + 2);
+                                   CONFIG == BLUR ? tile_left - f.pad_left : tile_left / 2 - 1,
+                                   input_of<CONFIG>(out_rows),
+                                   input_of<CONFIG>(out_columns)};
+        // The first and the last plane have nothing beside them.
+        const long long after = static_cast<long long>(f.batch * f.channels - 1 - plane) * pixels;
+        tile.fill(static_cast<int>(min(static_cast<long long>(plane) * pixels, static_cast<long long>(VECTOR<T> - 1))),
+                  static_cast<int>(min(after, static_cast<long long>(VECTOR<T> - 1))));
         close_copies();
-        if (threadIdx.x == 0 && threadIdx.y == 0) {
-            find_taps(f.filter, shared_taps);
-        }
-        Pack<T, 2> noise[STRIP_ROWS];
-#pragma unroll
-        for (int i = 0; i < STRIP_ROWS; ++i) {
-            noise[i] = writer.load_noise(first_row + i);
-        }
-        wait_for_copies<0>();
-        __syncthreads();
-        const SeparableTaps taps = shared_taps;
-        if (first_row >= f.out_height) {
-            return;
-        }
-        if constexpr (CONFIG == BLUR) {
-            blur_strip(tile, taps, writer, noise, first_row, threadIdx.y * STRIP_ROWS);
+        find_taps(f.filter, shared_taps, threadIdx.y * TILE_LANES + threadIdx.x);
+        const Epilogue<FACTORS> epilogue(inputs, plane, plane % f.channels);
+        const bool in_fours = f.out_width % COLUMNS_PER_LANE == 0 && is_aligned(y, COLUMNS_PER_LANE * sizeof(T)) &&
+                              (!(FACTORS & NOISE) || is_aligned(inputs.noise, COLUMNS_PER_LANE * sizeof(T)));
+        const auto work = [&](auto whole) {
+            const int offset = first_row * f.out_width + column;
+            StripWriter<T, FACTORS, decltype(whole)::VALUE> writer(epilogue, inputs.noise + offset, y_plane + offset,
+                                                                   f.out_width, f.out_height - first_row,
+                                                                   f.out_width - column, in_fours);
+            wait_for_copies<0>();
+            __syncthreads();
+            if (tile.clear_edges()) {
+                __syncthreads();
+            }
+            if (first_row < f.out_height) {
+                filter_strip(tile, shared_taps, writer, threadIdx.y * (CONFIG == BLUR ? STRIP_ROWS : STRIP_ROWS / 2));
+            }
+        };
+        if (in_fours && out_rows == TILE_HEIGHT && out_columns == TILE_WIDTH) {
+            work(Is<true>{});
         } else {
-            upsample_strip(tile, taps, writer, noise, first_row, threadIdx.y * STRIP_ROWS / 2);
+            work(Is<false>{});
         }
     }
 }

@@ -18,10 +18,10 @@ BIAS_ACT_THREADS = 256
 BIAS_ACT_PLANES = 4
 BIAS_ACT_PIXELS = 4
 
-# upfirdn2d, NCHW: one block makes one tile of one plane. Threads: columns in pairs, rows in groups of eight.
+# upfirdn2d, NCHW: one block makes one tile of one plane. Threads: columns in fours, rows in groups of 16.
 TILE_WIDTH = 64
 TILE_HEIGHT = 64
-TILE_THREADS = (32, 8, 1)
+TILE_THREADS = (16, 4, 1)
 
 # upfirdn2d, channels last: one block makes one tile of 64 bytes of channels. Threads: vectors of channels, columns.
 CHANNELS_LAST_TILE_WIDTH = 32

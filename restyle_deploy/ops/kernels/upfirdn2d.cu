@@ -2,7 +2,7 @@
 // y = gain * leaky_relu(v * demod[n, c] + noise_strength * noise[h, w] + bias[c], slope) * next_scale[n, c].
 //
 // Geometry (geometry.py has the same numbers):
-//   NCHW           filtering_planes.cuh:         64 x 64 pixels of a plane per block of (32, 8);
+//   NCHW           filtering_planes.cuh:         64 x 64 pixels of a plane per block of (16, 4);
 //                  grid (ceil(out_width / 64), ceil(out_height / 64), N * C), z at most 65535
 //   channels last  filtering_channels_last.cuh:  32 x 16 pixels of 64 bytes of channels per block of (4, 32);
 //                  grid (ceil(C / channels of 64 bytes) * ceil(out_width / 32), ceil(out_height / 16), N)
@@ -15,8 +15,8 @@
 // patterns. A plane has fewer than 2^31 pixels. What a CONFIG demands of up, down, pads and filter is not checked here.
 template <typename T, int CONFIG, int FACTORS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS_LAST ? CHANNELS_LAST_VECTORS * CHANNELS_LAST_TILE_WIDTH
-                                                : TILE_LANES * TILE_STRIPS,
-                                  CHANNELS_LAST ? 5 : sizeof(T) == 4 ? 3 : 4)
+                                                : TILE_THREADS,
+                                  CHANNELS_LAST ? (sizeof(T) == 4 ? 4 : 5) : (sizeof(T) == 4 ? 8 : 12))
     upfirdn2d(const T* x, const float* filter, const float* demod, const T* noise, const float* bias,
               const float* next_scale, int batch, int channels, int in_height, int in_width, int out_height,
               int out_width, int up, int down, int pad_top, int pad_left, int filter_height, int filter_width,
