@@ -1,6 +1,7 @@
 """A directory with `manifest.json` <-> `Bundle`. This module owns the format and its version."""
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from restyle_deploy.engines import EngineRecord as EngineRecord  # a bundle's re
 from restyle_deploy.engines import GraphRecord as GraphRecord
 from restyle_deploy.errors import BundleError
 from restyle_deploy.files import replace_when_complete, sha256_of_file
-from restyle_deploy.manifest import check_hashes, path_inside, specs_from_json, typed
+from restyle_deploy.manifest import check_hashes, path_inside, read_json, specs_from_json, typed
 from restyle_deploy.model_config import ModelConfig, graph_specs
 
 FORMAT_VERSION = 1
@@ -270,11 +271,11 @@ def _write_json(path: Path, manifest: Mapping[str, Any]) -> None:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
-        raise BundleError(
-            f"{directory}: no bundle ({MANIFEST} is missing); make one: restyle-deploy export CHECKPOINT -o {directory}"
-        )
+        what = "a file, and a bundle is a directory" if directory.is_file() else f"{MANIFEST} is missing"
+        output = "DIRECTORY" if directory.exists() else shlex.quote(str(directory))
+        raise BundleError(f"{directory}: no bundle ({what}); make one: restyle-deploy export CHECKPOINT -o {output}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except ValueError as error:
         raise BundleError(f"{path}: not JSON ({error}); export the bundle again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None

@@ -9,8 +9,8 @@ from importlib import metadata
 
 from restyle_deploy import __version__
 from restyle_deploy.backends import BACKENDS, load_backend
-from restyle_deploy.backends.base import Backend, RunnerOptions
-from restyle_deploy.errors import BackendUnavailableError
+from restyle_deploy.backends.base import Backend, EngineOptions, RunnerOptions
+from restyle_deploy.errors import BackendUnavailableError, RestyleDeployError
 
 Packages = Mapping[str, tuple[int, ...]]
 """Name on the package index -> lowest version that will do."""
@@ -46,6 +46,17 @@ JOBS: Mapping[str, Job] = {
         packages={"matplotlib": (3, 8), "nvidia-ml-py": (12, 535), "psutil": (5, 9), "scikit-image": (0, 22)},
         backend_needed=True,
     ),
+    "kernels": Job(  # ours, compiled and launched
+        extra="cuda",
+        packages={
+            "cuda-bindings": (13, 0),
+            "cuda-core": (1, 0),
+            "cuda-pathfinder": (1, 3),
+            "nvidia-cuda-nvrtc": (13, 0),
+            "nvidia-cuda-runtime": (13, 0),
+        },
+        backend_needed=False,
+    ),
     "metrics": Job(extra="metrics", packages={"torch": (2, 9), "torchmetrics": (1, 9)}, backend_needed=False),
     "train": Job(
         extra="train",
@@ -63,12 +74,14 @@ class BackendState:
         devices: those that can run, as `Session.open` takes them.
         problem: why there are none; None where there are some.
         remedy: the command that installs the backend's library; None where it is installed.
+        can_build: whether it can build engines here, which some libraries do without a device that runs them.
     """
 
     name: str
     devices: tuple[str, ...]
     problem: str | None
     remedy: str | None
+    can_build: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +166,21 @@ def _examine_backend(name: str) -> BackendState:
         broken = f"installed, but cannot be imported: {error}"
         return BackendState(name=name, devices=(), problem=broken, remedy=None)
     devices = backend.devices()
-    problem = None if devices else f"installed, but {_reason_for_no_device(name, backend)}"
-    return BackendState(name=name, devices=devices, problem=problem, remedy=None)
+    can_build = _can_build(backend, device=devices[0] if devices else BACKENDS[name].device)
+    problem = None
+    if not devices:
+        state = "can build engines, cannot run them:" if can_build else "installed, but"
+        problem = f"{state} {_reason_for_no_device(name, backend)}"
+    return BackendState(name=name, devices=devices, problem=problem, remedy=None, can_build=can_build)
+
+
+def _can_build(backend: Backend, *, device: str) -> bool:
+    """Return whether a backend takes the order to build an engine for this device with no options."""
+    try:
+        backend.check_build(RunnerOptions(device=device), EngineOptions())
+    except (RestyleDeployError, ValueError):
+        return False
+    return True
 
 
 def _reason_for_no_device(name: str, backend: Backend) -> str:

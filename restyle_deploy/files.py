@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
+# What writing says of a disk that is full, over its quota or broken, without the name of a file.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])})
+# What NumPy says where the system has not written all of an array; it leaves out why.
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 _WORKING_PREFIX = ".building-"
 _PART_PREFIX = ".part-"
 
@@ -26,13 +31,15 @@ def replace_when_complete(path: Path) -> Iterator[Path]:
     Missing parent folders are created; a file that exists is replaced; a link is followed.
 
     Raises:
-        OSError: the folder or the file cannot be written, or nothing was written under the temporary name.
+        OSError: the folder or the file cannot be written, or nothing was written under the temporary name; where the
+            disk is full, with the name `path`.
     """
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden_sibling(target, target.suffix)
     try:
-        yield temporary
+        with _named_disk_errors(path):
+            yield temporary
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,7 +55,7 @@ def replace_directory_when_complete(path: Path, *, overwrite: bool = False) -> I
             place. The caller decides whether it may be lost.
     Raises:
         FileExistsError: `path` exists and `overwrite` is false; checked first and once more before the renaming.
-        OSError: the directory cannot be written.
+        OSError: the directory cannot be written; where the disk is full, with the name `path`.
     """
     target = path.resolve()
     _check_replaceable(target, overwrite)
@@ -56,7 +63,8 @@ def replace_directory_when_complete(path: Path, *, overwrite: bool = False) -> I
     temporary = _hidden_sibling(target)
     temporary.mkdir()
     try:
-        yield temporary
+        with _named_disk_errors(path):
+            yield temporary
         _check_replaceable(target, overwrite)
         with place_directory(temporary, target):
             pass
@@ -110,11 +118,12 @@ def hold_lock(directory: Path) -> Iterator[None]:
 def locked_working_directory(parent: Path) -> Iterator[Path]:
     """Yield a new hidden directory in `parent`, locked; it is removed in the end, whatever has become of it.
 
-    `remove_abandoned_directories` takes it away when this process is killed.
+    `remove_abandoned_directories` takes it away when this process is killed. An `OSError` of the block that
+    says that the disk is full has the name `parent`.
     """
     working = Path(tempfile.mkdtemp(dir=parent, prefix=_WORKING_PREFIX))
     try:
-        with hold_lock(working):
+        with hold_lock(working), _named_disk_errors(parent):
             yield working
     finally:
         shutil.rmtree(working, ignore_errors=True)
@@ -136,6 +145,19 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def _named_disk_errors(path: Path) -> Iterator[None]:
+    """Add to an `OSError` of the block that names no file, and says that the disk is full or broken, this name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK_ERRORS:
+            error.filename = str(path)
+        if error.errno is None and _CUT_SHORT.match(str(error)):
+            raise OSError(errno.ENOSPC, f"cannot be written, is the disk full? ({error})", str(path)) from error
+        raise
 
 
 def _hidden_sibling(target: Path, suffix: str = "") -> Path:

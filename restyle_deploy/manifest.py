@@ -1,5 +1,6 @@
 """What a manifest says, taken by type, and the files that it names: inside the directory, and unchanged."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,8 +14,20 @@ from restyle_deploy.files import sha256_of_file
 from restyle_deploy.tensors import TensorSpec
 
 PLAN_ORIGINS = ("tuned", "table")
+# A manifest needs eight levels. What is nested without end would exhaust the stack of whoever walks it.
+_MOST_LEVELS = 64
 
 Value = TypeVar("Value")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; raise `ValueError` where it is no JSON, or nested too deeply for a manifest."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_levels(content)
+    return content
 
 
 def typed(values: Mapping[str, Any], key: str, kind: type[Value]) -> Value:
@@ -98,15 +111,36 @@ def check_hashes(expected: Mapping[Path, str], *, since: str, mend: str) -> None
         BundleError: a file is missing or has changed; the first one in the order given.
     """
     for path in expected:
-        if not path.is_file():
+        if not path.is_file():  # before minutes of hashing
             raise BundleError(f"{path}: missing; {mend}")
+    for path, sha256 in find_changes(expected).items():
+        found = "missing" if sha256 is None else f"sha256 {sha256[:12]}…"
+        raise BundleError(f"{path}: changed since the {since} ({found}, expected {expected[path][:12]}…); {mend}")
+
+
+def find_changes(expected: Mapping[Path, str]) -> dict[Path, str | None]:
+    """Hash files, several at a time, and return those that are not as expected, in the order given.
+
+    Args:
+        expected: SHA-256 by file.
+    Returns:
+        The SHA-256 that each of them has; None where there is no file.
+    """
+    there = [path for path in expected if path.is_file()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
-        found = dict(zip(expected, pool.map(sha256_of_file, expected), strict=True))
-    for path, sha256 in expected.items():
-        if found[path] != sha256:
-            raise BundleError(
-                f"{path}: changed since the {since} (sha256 {found[path][:12]}…, expected {sha256[:12]}…); {mend}"
-            )
+        found = dict(zip(there, pool.map(sha256_of_file, there), strict=True))
+    return {path: found.get(path) for path, sha256 in expected.items() if found.get(path) != sha256}
+
+
+def _check_levels(content: Any) -> None:
+    """Raise `ValueError` where lists and objects are nested too deeply."""
+    level, count = [content], 0
+    while level:
+        if count > _MOST_LEVELS:
+            raise ValueError("nested too deeply")
+        holders = [value for value in level if isinstance(value, (dict, list))]
+        level = [value for holder in holders for value in (holder.values() if isinstance(holder, dict) else holder)]
+        count += 1
 
 
 def _shape_from_json(spec: Mapping[str, Any]) -> tuple[int | str, ...]:

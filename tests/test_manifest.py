@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from restyle_deploy.errors import BundleError
-from restyle_deploy.manifest import check_hashes, path_inside, specs_from_json, texts_from_json, typed
+from restyle_deploy.manifest import (
+    check_hashes,
+    find_changes,
+    path_inside,
+    read_json,
+    specs_from_json,
+    texts_from_json,
+    typed,
+)
 from restyle_deploy.tensors import TensorSpec
 
 
@@ -56,3 +64,35 @@ def test_first_file_that_is_not_as_it_was_is_named(tmp_path: Path) -> None:
     (tmp_path / "18").unlink()
     with pytest.raises(BundleError, match="18: missing; build it again$"):
         check_hashes(expected, since="build", mend="build it again")
+
+
+def test_all_files_that_are_not_as_they_were_are_found(tmp_path: Path) -> None:
+    expected = {}
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(name.encode())
+        expected[tmp_path / name] = hashlib.sha256(name.encode()).hexdigest()
+    assert find_changes(expected) == {}
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "c").unlink()
+    assert find_changes(expected) == {tmp_path / "a": hashlib.sha256(b"").hexdigest(), tmp_path / "c": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 200 + "]" * 200, "nested too deeply"),
+        ('{"a": ' * 200 + "1" + "}" * 200, "nested too deeply"),
+    ],
+    ids=["no JSON", "endless", "lists", "objects"],
+)
+def test_content_that_nobody_could_walk_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_content_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [{"b": [1, null]}]}')
+    assert read_json(tmp_path / "a.json") == {"a": [{"b": [1, None]}]}

@@ -1,7 +1,7 @@
 """The command `restyle-deploy inspect`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from restyle_deploy.bundle import Bundle, EngineRecord
     from restyle_deploy.tensors import TensorSpec
 
+Changes = Mapping[str, list[str]]
+"""Names of an engine's files that are `missing`, and that have `changed` since it was built."""
+
 _WIDTHS = (60, 18, 8, 0, 16, 0)
 _LAYER_SOURCES = {
-    "engine": "layers, as the engine runs them",
-    "network": "layers, as parsed: the library did not tell how the engine fuses them, and in what formats",
+    "engine": "as the engine runs them",
+    "network": "as parsed: the library did not tell how the engine fuses them, and in what formats",
 }
 
 
@@ -31,6 +34,9 @@ _LAYER_SOURCES = {
 def inspect(bundle: Path, with_layers: bool, as_json: bool) -> None:
     """Tell what BUNDLE holds: model, graphs, engines with their plans, and verification.
 
+    All files are hashed, which takes a while where they are large. A graph that has changed is an error; of an engine
+    it is told which files are missing or have changed since it was built.
+
     With --layers it lists what the engines compute instead, as in: restyle-deploy inspect faces --layers
 
     Example: restyle-deploy inspect engines/demo-faces
@@ -38,14 +44,20 @@ def inspect(bundle: Path, with_layers: bool, as_json: bool) -> None:
     from restyle_deploy.bundle import open_bundle
 
     opened = open_bundle(bundle)
+    files = {engine.directory.name: find_file_changes(engine) for engine in opened.engines}
     if with_layers:
-        layers = {engine.directory.name: read_layers(engine) for engine in opened.engines}
-        click.echo(json.dumps(layers, indent=2) if as_json else "\n".join(_describe_layers(layers)))
+        layers = {
+            engine.directory.name: read_layers(engine, without=files[engine.directory.name]["missing"])
+            for engine in opened.engines
+        }
+        facts = {name: {**layers[name], "files": files[name]} for name in layers}
+        click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_describe_layers(layers, files)))
         return
-    click.echo(json.dumps(_facts_of_bundle(opened), indent=2) if as_json else "\n".join(_describe_bundle(opened)))
+    lines = [json.dumps(_facts_of_bundle(opened, files), indent=2)] if as_json else _describe_bundle(opened, files)
+    click.echo("\n".join(lines))
 
 
-def _facts_of_bundle(bundle: "Bundle") -> dict[str, Any]:
+def _facts_of_bundle(bundle: "Bundle", files: Mapping[str, Changes]) -> dict[str, Any]:
     """Return everything as plain values, for machines."""
     from restyle_deploy.bundle import FORMAT_VERSION
     from restyle_deploy.engines import engine_as_json
@@ -66,12 +78,13 @@ def _facts_of_bundle(bundle: "Bundle") -> dict[str, Any]:
             for name, graph in bundle.graphs.items()
         },
         "engines": [engine_as_json(engine, bundle.path) for engine in bundle.engines],
+        "engine_files": dict(files),
         "damaged_engines": [asdict(damaged) for damaged in bundle.damaged_engines],
         "verification": dict(bundle.verification),
     }
 
 
-def _describe_bundle(bundle: "Bundle") -> list[str]:
+def _describe_bundle(bundle: "Bundle", files: Mapping[str, Changes]) -> list[str]:
     """Return lines for people."""
     config = bundle.config
     facts: dict[str, Any] = {
@@ -91,14 +104,17 @@ def _describe_bundle(bundle: "Bundle") -> list[str]:
             }
             for name, graph in bundle.graphs.items()
         },
-        "engines": {engine.directory.name: _describe_engine(engine) for engine in bundle.engines} or [],
+        "engines": {
+            engine.directory.name: _describe_engine(engine, files[engine.directory.name]) for engine in bundle.engines
+        }
+        or [],
         **({"damaged engines": damaged} if (damaged := _describe_damaged(bundle)) else {}),
         "verification": bundle.verification,
     }
     return format_facts(facts)
 
 
-def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
+def _describe_engine(engine: "EngineRecord", changes: Changes) -> dict[str, Any]:
     plan = engine.plan
     return {
         "backend": engine.backend,
@@ -108,6 +124,7 @@ def _describe_engine(engine: "EngineRecord") -> dict[str, Any]:
         "libraries": [f"{name} {version}" for name, version in engine.library_versions.items()],
         "processor": engine.processor,
         "graphs": list(engine.graphs),
+        "files": _describe_changes(changes) or _describe_sound_files(engine),
         **_describe_build(engine.build),
         "plan": f"{plan['origin']}, measured for {plan['seconds']:.1f} s" if plan["seconds"] else plan["origin"],
         **({"whole graphs": wholes} if (wholes := _describe_wholes(plan["measurements"])) else {}),
@@ -127,34 +144,88 @@ def _describe_damaged(bundle: "Bundle") -> dict[str, str]:
     return {damaged.name: f"{damaged.reason}; {mend}" for damaged in bundle.damaged_engines}
 
 
-def read_layers(engine: "EngineRecord") -> dict[str, Any]:
+def find_file_changes(engine: "EngineRecord") -> Changes:
+    """Hash an engine's files and return the names of those that are `missing`, and that have `changed`."""
+    from restyle_deploy.manifest import find_changes
+
+    changes = find_changes(engine.files_of(engine.graphs))
+    names = {path.relative_to(engine.directory).as_posix(): sha256 for path, sha256 in changes.items()}
+    return {
+        "missing": [name for name, sha256 in names.items() if sha256 is None],
+        "changed": [name for name, sha256 in names.items() if sha256 is not None],
+    }
+
+
+def _describe_changes(changes: Changes) -> str:
+    """Return what is wrong with an engine's files; empty where they are as they were built."""
+    texts = [f"{kind.upper()} {', '.join(names)}" for kind, names in changes.items() if names]
+    return "; ".join([*texts, "build it again"]) if texts else ""
+
+
+def _describe_sound_files(engine: "EngineRecord") -> str:
+    size = sum((engine.directory / name).stat().st_size for name in engine.files)
+    return f"{len(engine.files)}, {size / 1e6:.1f} MB, hashed: unchanged since the build"
+
+
+def read_layers(engine: "EngineRecord", *, without: Collection[str] = ()) -> dict[str, Any]:
     """Return what lies beside an engine's graphs about their layers, by role; nothing where the backend tells none.
 
+    Args:
+        engine: of a bundle.
+        without: names of files that are not read.
     Raises:
-        BundleError: a file is missing, or holds no layers.
+        BundleError: a file cannot be read, or holds no layers.
     """
     from restyle_deploy.engines import LAYERS_SUFFIX
     from restyle_deploy.errors import BundleError
+    from restyle_deploy.manifest import read_json
 
     layers = {}
     for role, graph in engine.graphs.items():
         path = graph.path.with_suffix(LAYERS_SUFFIX)
-        if path.name in engine.files:
+        if path.name in engine.files and path.name not in without:
             try:
-                layers[role] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise BundleError(f"{path}: holds no layers ({error}); build the engine again") from error
+                layers[role] = read_json(path)
+                _check_layers(layers[role])
+            except (KeyError, OSError, TypeError, ValueError) as error:
+                raise BundleError(
+                    f"{path}: holds no layers ({type(error).__name__}: {error}); build the engine again"
+                ) from error
     return layers
 
 
-def _describe_layers(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _check_layers(content: Any) -> None:
+    """Raise `KeyError`, `TypeError` or `ValueError` unless a backend writes such content about a graph's layers."""
+    from restyle_deploy.manifest import typed
+
+    if not isinstance(content, dict):
+        raise TypeError(f"a {type(content).__name__}, expected an object")
+    if typed(content, "of", str) not in _LAYER_SOURCES:
+        raise ValueError(f"of is {content['of']!r}, expected one of {', '.join(_LAYER_SOURCES)}")
+    for layer in typed(content, "layers", list):
+        for key in ("name", "type", "precision"):
+            typed(layer, key, str)
+        if layer["format"] is not None:
+            typed(layer, "format", str)
+        for key, kind in (("shapes", list), ("model_layers", str)):
+            if not all(isinstance(value, kind) for value in typed(layer, key, list)):
+                raise TypeError(f"{key} is {layer[key]!r}, expected a list of {kind.__name__}")
+
+
+def _describe_layers(engines: Mapping[str, Mapping[str, Any]], files: Mapping[str, Changes]) -> list[str]:
     """Return lines: a heading for each graph, and name, type, precision, format, shapes and model layers of each."""
     lines = []
     for engine, graphs in engines.items():
-        if not graphs:
+        changes = _describe_changes(files[engine])
+        if changes:
+            lines.append(f"{engine}: files: {changes}; layers are told as they were when it was built")
+        elif not graphs:
             lines.append(f"{engine}: its backend tells no layers")
         for role, content in graphs.items():
-            lines.append(f"{engine} {role}, {len(content['layers'])} {_LAYER_SOURCES[content['of']]}")
+            count = len(content["layers"])
+            lines.append(
+                f"{engine} {role}, {count} {'layer' if count == 1 else 'layers'}, {_LAYER_SOURCES[content['of']]}"
+            )
             lines += [_format_layer(layer) for layer in content["layers"]]
     return lines or ["no engine"]
 

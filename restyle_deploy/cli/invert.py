@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -50,18 +51,23 @@ def invert(
 ) -> None:
     """Invert IMAGES (files or folders) with BUNDLE: an image each at the model's full size, and latents.npz.
 
+    Files may be of any type that can be read; in folders the extension decides, and stderr tells what was passed over.
+    Of an animated image the first frame is taken.
+
     A file that cannot be read is named on stderr; the others are done, and the exit status is 1.
 
     Example: restyle-deploy invert engines/demo-faces examples/photos -o out --steps 5
     """
     from tqdm import tqdm
 
-    from restyle_deploy.runtime.folder import FolderOptions, invert_files
+    from restyle_deploy.runtime.folder import FolderOptions, find_skipped, invert_files
     from restyle_deploy.runtime.inputs import find_images
     from restyle_deploy.runtime.session import Session
 
     if preview_steps and (every_step or official_layout):
         raise click.UsageError("--preview-steps renders the last step only, but every step is to be written")
+    inputs = find_images(images, output=output)
+    batch_size = min(batch_size, len(inputs))  # memory is allocated for as many
     options = FolderOptions(
         steps=steps,
         every_step=every_step,
@@ -69,7 +75,7 @@ def invert(
         resized=resize,
         batch_size=batch_size,
     )
-    inputs = find_images(images, output=output)
+    _tell_skipped(find_skipped(images, inputs, output=output))
     with (
         Session.open(
             bundle,
@@ -101,5 +107,16 @@ def invert(
         }
         click.echo(json.dumps(facts, indent=2))
     else:
-        click.echo(f"{len(result.names)} of {len(inputs)} images inverted in {steps} steps: {output}")
+        done = f"{len(result.names)} of {_count(len(inputs), 'image')} inverted in {_count(steps, 'step')}"
+        click.echo(f"{done}: {output}")
     context.exit(1 if result.failures else 0)
+
+
+def _tell_skipped(files: Sequence[Path]) -> None:
+    if files:
+        extensions = sorted({file.suffix.lower() or "no extension" for file in files})
+        click.echo(f"{_count(len(files), 'file')} passed over, by extension: {', '.join(extensions)}", err=True)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

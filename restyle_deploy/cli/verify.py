@@ -12,7 +12,7 @@ import click
 from restyle_deploy.cli.options import bundle_argument, json_option, session_options
 
 if TYPE_CHECKING:
-    from restyle_deploy.verify import Parity
+    from restyle_deploy.verify import EngineState, EngineSurvey, Parity
     from restyle_deploy.verify_drift import Verification
     from restyle_deploy.verify_layers import LayerSearch
 
@@ -74,13 +74,19 @@ def verify(
 ) -> None:
     """Check BUNDLE's files against their hashes, and its results against those of the reference model.
 
+    One engine is run, that for --backend, --device and --precision, or the exported graphs where there is none. Of the
+    other engines it tells which nobody has verified, and the last line says what was run and what was not.
+
     Each step is compared twice: freely running, where errors feed back, and from the reference's state, which shows
     the step's own error. Where a step by itself differs, the layers are compared, and the first that differs is named.
 
-    Exits with 1 if a file has changed, or if latents or images differ by more than the precision's tolerance, below.
+    Exits with 1 if a file has changed, if an engine's record is damaged, or if latents or images differ by more than
+    the precision's tolerance, below.
 
     Example: restyle-deploy verify engines/demo-faces --backend openvino
     """
+    from restyle_deploy.bundle import read_bundle
+    from restyle_deploy.verify import check_survey, survey_engines
     from restyle_deploy.verify_drift import check_verification, verify_drift
 
     if reference == "none" and (steps or layers):
@@ -96,16 +102,48 @@ def verify(
         reference=reference,
         layers=layers,
     )
-    lines = [json.dumps(verification.as_json(), indent=2)] if as_json else _lines_of(verification)
-    for line in lines:
-        click.echo(line)
+    survey = survey_engines(read_bundle(bundle), backend=backend, device=device, precision=precision, plain=plain)
+    is_sound = verification.is_within_tolerance and not survey.damaged
+    if as_json:
+        click.echo(json.dumps({**verification.as_json(), "ok": is_sound, **survey.as_json()}, indent=2))
+    else:
+        lines = [_line_of_files(survey), *_lines_of(verification), *map(_line_of_engine, _to_be_told(survey))]
+        lines.append(f"{bundle}: ok; {_what_was_run(survey)}" if is_sound else _what_was_run(survey))
+        click.echo("\n".join(lines))
     check_verification(verification, str(bundle))
-    if not as_json:
-        click.echo(f"{bundle}: ok")
+    check_survey(survey, str(bundle))
+
+
+def _line_of_files(survey: EngineSurvey) -> str:
+    return "files: unchanged" + ("; those of damaged engines are not checked" if survey.damaged else "")
+
+
+def _to_be_told(survey: EngineSurvey) -> list[EngineState]:
+    return [engine for engine in survey.engines if engine.reason is not None]
+
+
+def _line_of_engine(engine: EngineState) -> str:
+    """Return why an engine is not verified or damaged, and what to do."""
+    if engine.state == "damaged":
+        return f"engine {engine.name}: DAMAGED: {engine.reason}; build it again{_after_colon(engine.command)}"
+    return (
+        f"engine {engine.name}: NOT VERIFIED when it was built: {engine.reason}; "
+        f"where it can run{_after_colon(engine.command)}"
+    )
+
+
+def _after_colon(command: str | None) -> str:
+    return "" if command is None else f": {command}"
+
+
+def _what_was_run(survey: EngineSurvey) -> str:
+    graphs = "the exported graphs" if survey.run is None else f"engine {survey.run}"
+    left = [f"{engine.name} ({engine.state})" for engine in survey.engines if engine.state != "run"]
+    others = f"; not run: {', '.join(left)}" if left else ""
+    return f"run: {graphs}, by {survey.backend} on {survey.device} in {survey.precision}{others}"
 
 
 def _lines_of(verification: Verification) -> Iterator[str]:
-    yield "files: unchanged"
     for step in range(len(verification.stored.latent_errors)):
         yield f"step {step + 1}: from the stored results: {_errors(verification.stored, step)}"
     drift = verification.drift

@@ -1,6 +1,7 @@
 """Invert image files into a folder, batch by batch; a file that fails is reported and the others go on."""
 
 import errno
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from restyle_deploy.runtime.images import (
     save_image,
     uint8_from_images,
 )
-from restyle_deploy.runtime.inputs import ImageInput
+from restyle_deploy.runtime.inputs import EXTENSIONS, ImageInput
 from restyle_deploy.runtime.session import InversionResult, Session
 
 LATENTS_NAME = "latents.npz"
@@ -122,6 +123,28 @@ def invert_files(
     return FolderResult(names=tuple(latents), images=tuple(images), failures=tuple(failures), latents=path)
 
 
+def find_skipped(paths: Sequence[Path], inputs: Sequence[ImageInput], *, output: Path) -> list[Path]:
+    """Return the files of folders that `inputs.find_images` passes over because of their extensions.
+
+    Args:
+        paths: those that `find_images` was given, as is `output`.
+        inputs: what it returned; a file that was named itself is none that is passed over.
+    """
+    taken = {image_input.path.resolve() for image_input in inputs}
+    skipped: dict[Path, Path] = {}
+    for folder in filter(Path.is_dir, paths):
+        for directory, subfolders, names in os.walk(folder):
+            subfolders[:] = [name for name in subfolders if not _is_left_out(Path(directory, name), output)]
+            for file in (Path(directory, name) for name in names if not name.startswith(".")):
+                if file.suffix.lower() not in EXTENSIONS and file.is_file() and file.resolve() not in taken:
+                    skipped.setdefault(file.resolve(), file)
+    return list(skipped.values())
+
+
+def _is_left_out(folder: Path, output: Path) -> bool:
+    return folder.name.startswith(".") or folder.resolve() == output.resolve()
+
+
 def _load_targets(
     batch: Sequence[ImageInput], session: Session, options: FolderOptions, fail: Callable[[Path, str], None]
 ) -> Iterable[tuple[ImageInput, NDArray[np.uint8]]]:
@@ -129,9 +152,16 @@ def _load_targets(
         try:
             if options.official_layout:
                 check_extension(image_input.path)
+            _check_regular(image_input.path)
             yield image_input, resize_image(load_image(image_input.path), session.config.input_shape)
         except ImageError as error:
             fail(image_input.path, str(error))
+
+
+def _check_regular(path: Path) -> None:
+    """Raise `ImageError` for a pipe or a device, which may wait for ever; what is missing is told when it is opened."""
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{path}: no regular file; save the image in one")
 
 
 def _invert_batch(

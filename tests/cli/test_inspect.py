@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from restyle_deploy.bundle import open_bundle
+from restyle_deploy.engines import EngineRecord
+from restyle_deploy.files import sha256_of_file
 from tests.bundles import PLAN, add_engine, edit_manifest
 from tests.cli.conftest import Run
 
@@ -50,7 +53,8 @@ def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_p
     wholes = {"whole generator": {"exported": 4.0, "planned": 3.0}}
     timed = {**PLAN, "measurements": {**PLAN["measurements"], **wholes}}
     versions = {"onnxruntime": "1.2", "other": "3"}
-    add_engine(bundle, roles=("target",), library_versions=versions, processor="Abacus", plan=timed)
+    engine = add_engine(bundle, roles=("target",), library_versions=versions, processor="Abacus", plan=timed)
+    size = sum(path.stat().st_size for path in engine.directory.iterdir())
     plan = {**PLAN, "origin": "table", "measurements": {}, "seconds": 0}
     add_engine(bundle, precision="bf16", batch=1, plan=plan)
     result = run("inspect", bundle)
@@ -72,6 +76,7 @@ def test_engines_and_their_plans_are_described(run: Run, toy_bundle: Path, tmp_p
         "libraries": "onnxruntime 1.2, other 3",
         "processor": "Abacus",
         "graphs": "target, encoder, generator",
+        "files": f"6, {size / 1e6:.1f} MB, hashed: unchanged since the build",
         "verified": "yes",
         "plan": "tuned, measured for 3.5 s",
         "whole graphs": "whole generator exported 4.00, planned 3.00 ms",
@@ -113,6 +118,30 @@ def test_damaged_engine_is_shown_beside_the_others(run: Run, toy_bundle: Path, t
     ]
 
 
+@pytest.mark.parametrize("how", ["missing", "changed"])
+def test_engine_whose_files_are_not_as_built_is_shown(run: Run, toy_bundle: Path, tmp_path: Path, how: str) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    engine = add_engine(bundle)
+    if how == "missing":
+        shutil.rmtree(engine.directory)
+        names = list(engine.files)
+    else:
+        names = ["encoder.onnx"]
+        os.truncate(engine.directory / names[0], 1000)
+    line = f"{how.upper()} {', '.join(names)}; build it again"
+    result = run("inspect", bundle)
+    assert result.exit_code == 0
+    assert re.search(rf"^    files: +{re.escape(line)}$", result.stdout, re.MULTILINE)
+    changes = {"missing": [], "changed": [], how: names}
+    assert json.loads(run("inspect", bundle, "--json").stdout)["engine_files"] == {engine.directory.name: changes}
+    layers = run("inspect", bundle, "--layers")
+    assert layers.stdout == (
+        f"{engine.directory.name}: files: {line}; layers are told as they were when it was built\n"
+    )
+    facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
+    assert facts == {engine.directory.name: {"files": changes}}
+
+
 LAYERS = [
     {
         "name": "decoder.conv1/Conv_1 + decoder.conv1/mul",
@@ -125,37 +154,71 @@ LAYERS = [
 ]
 
 
+def add_layers(bundle: Path, engine: EngineRecord, content: str) -> Path:
+    """Put a file about the generator's layers beside an engine, with a hash that fits."""
+    path = engine.directory / "generator.layers.json"
+    path.write_text(content, encoding="utf-8")
+    digest = sha256_of_file(path)
+    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["files"].update({path.name: digest}))
+    return path
+
+
 def test_layers_are_listed(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
     assert run("inspect", bundle, "--layers").stdout == "no engine\n"
     engine = add_engine(bundle)
     heading = "onnxruntime-cpu-fp32: its backend tells no layers\n"
     assert run("inspect", bundle, "--layers").stdout == heading
-    path = engine.directory / "generator.layers.json"
-    path.write_text(json.dumps({"of": "engine", "layers": LAYERS}), encoding="utf-8")
-    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["files"].update({path.name: "ab"}))
+    add_layers(bundle, engine, json.dumps({"of": "engine", "layers": LAYERS}))
     lines = run("inspect", bundle, "--layers").stdout.splitlines()
-    assert lines[0] == "onnxruntime-cpu-fp32 generator, 1 layers, as the engine runs them"
+    assert lines[0] == "onnxruntime-cpu-fp32 generator, 1 layer, as the engine runs them"
     assert re.split(r" {2,}", lines[1].strip()) == [
         *(LAYERS[0][name] for name in ("name", "type", "precision", "format")),
         "1×64×4×4",
     ]
     fused = [{**LAYERS[0], "name": "fused_1", "model_layers": ["decoder.conv1", "decoder.convs.0"]}]
-    path.write_text(json.dumps({"of": "engine", "layers": fused}), encoding="utf-8")
+    add_layers(bundle, engine, json.dumps({"of": "engine", "layers": fused}))
     (_, line) = run("inspect", bundle, "--layers").stdout.splitlines()
     assert line.endswith("  decoder.conv1, decoder.convs.0")
-    path.write_text(json.dumps({"of": "engine", "layers": LAYERS}), encoding="utf-8")
+    add_layers(bundle, engine, json.dumps({"of": "engine", "layers": LAYERS}))
     facts = json.loads(run("inspect", bundle, "--layers", "--json").stdout)
-    assert facts == {"onnxruntime-cpu-fp32": {"generator": {"of": "engine", "layers": LAYERS}}}
+    unchanged: dict[str, list[str]] = {"missing": [], "changed": []}
+    layers = {"of": "engine", "layers": LAYERS}
+    assert facts == {"onnxruntime-cpu-fp32": {"generator": layers, "files": unchanged}}
 
 
-@pytest.mark.parametrize("content", [b"{", None])
-def test_damaged_layers_are_one_line(run: Run, toy_bundle: Path, tmp_path: Path, content: bytes | None) -> None:
+def test_layers_of_a_changed_engine_are_told_to_be_former_ones(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
-    path = add_engine(bundle).directory / "generator.layers.json"
-    if content is not None:
-        path.write_bytes(content)
-    edit_manifest(bundle, lambda manifest: manifest["engines"][0]["files"].update({path.name: "ab"}))
+    engine = add_engine(bundle)
+    add_layers(bundle, engine, json.dumps({"of": "network", "layers": [*LAYERS, {**LAYERS[0], "format": None}]}))
+    os.truncate(engine.directory / "encoder.onnx", 1000)
+    lines = run("inspect", bundle, "--layers").stdout.splitlines()
+    assert lines[0].startswith("onnxruntime-cpu-fp32: files: CHANGED encoder.onnx; build it again; ")
+    assert lines[1].startswith("onnxruntime-cpu-fp32 generator, 2 layers, as parsed")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1,2]",
+        "[" * 100_000,
+        "{}",
+        '{"of": "engine"}',
+        '{"of": [], "layers": []}',
+        '{"of": "abacus", "layers": []}',
+        '{"of": "engine", "layers": {}}',
+        '{"of": "engine", "layers": [3]}',
+        *(
+            json.dumps({"of": "engine", "layers": [{**LAYERS[0], **change}]})
+            for change in ({"name": None}, {"format": 3}, {"shapes": [3]}, {"model_layers": [None]})
+        ),
+    ],
+    ids=lambda content: content[:60],
+)
+def test_damaged_layers_are_one_line(run: Run, toy_bundle: Path, tmp_path: Path, content: str) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    path = add_layers(bundle, add_engine(bundle), content)
     result = run("inspect", bundle, "--layers")
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(

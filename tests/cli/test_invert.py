@@ -91,6 +91,45 @@ def test_options_reach_the_session(
     assert batches == [2, 1, 1]
 
 
+def test_runs_are_no_larger_than_the_images_are_many(
+    run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    open_session = Session.open
+
+    def record(bundle: Path, **options: Any) -> Session:
+        asked.append(options["max_batch"])
+        return open_session(bundle, **options)
+
+    monkeypatch.setattr(Session, "open", record)
+    arguments = ("-o", tmp_path / "out", "--steps", 1, "--batch-size", 1_000_000)
+    assert run("invert", toy_bundle, photos, *arguments).exit_code == 0
+    result = run("invert", toy_bundle, photos / "a.png", *arguments)
+    assert result.stdout == f"1 of 1 image inverted in 1 step: {tmp_path / 'out'}\n"
+    assert asked == [2, 1]
+
+
+def test_files_that_are_passed_over_are_told_once(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "more/b.AVIF", "README", ".hidden.txt", ".cache/c.txt"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).touch()
+    output = photos / "out"
+    for _ in range(2):  # what the first run has written is no input that is passed over
+        result = run("invert", toy_bundle, photos, photos, "-o", output, "--steps", 1)
+        assert result.exit_code == 0
+        assert result.stderr == "3 files passed over, by extension: .avif, .txt, no extension\n"
+    (photos / "a.txt").unlink()
+    (photos / "README").unlink()
+    result = run("invert", toy_bundle, photos, "-o", output, "--steps", 1)
+    assert result.stderr == "1 file passed over, by extension: .avif\n"
+
+
+def test_help_says_what_is_taken_of_folders_and_animations(run: Run) -> None:
+    text = " ".join(run("invert", "--help").stdout.split())
+    assert "in folders the extension decides" in text
+    assert "Of an animated image the first frame is taken." in text
+
+
 @pytest.mark.parametrize("option", ["--every-step", "--official-layout"])
 def test_previews_are_not_written(run: Run, toy_bundle: Path, photos: Path, tmp_path: Path, option: str) -> None:
     result = run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--preview-steps", option)
@@ -117,7 +156,7 @@ def test_bad_files_are_named_and_the_others_done(
     output = tmp_path / "out"
     result = run("invert", toy_bundle, photos, "-o", output, "--steps", 1, "--batch-size", batch_size)
     assert result.exit_code == 1
-    assert result.stdout == f"2 of 6 images inverted in 1 steps: {output}\n"
+    assert result.stdout == f"2 of 6 images inverted in 1 step: {output}\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 4
     for path in bad:
@@ -196,7 +235,7 @@ def test_interrupt_leaves_whole_files_only(
 
     monkeypatch.setattr(folder, "save_image", save_the_first_only)
     result = run("invert", toy_bundle, photos, "-o", tmp_path / "out", "--steps", 1)
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert "Aborted!" in result.stderr
     assert files_in(tmp_path / "out") == {"a.png", "latents.npz"}
 
@@ -226,7 +265,7 @@ def test_terminal_shows_progress_with_rate_and_time_left(toy_bundle: Path, photo
         os.close(theirs)
     shown = read_terminal(ours)
     assert done.returncode == 1
-    assert done.stdout == f"2 of 3 images inverted in 1 steps: {tmp_path / 'out'}\n"
+    assert done.stdout == f"2 of 3 images inverted in 1 step: {tmp_path / 'out'}\n"
     assert re.search(r"100%.*3/3 \[\d\d:\d\d<\d\d:\d\d, +[\d.?]+ ?(image/s|s/image)\]", shown), shown
     assert f"Error: {photos / 'bad.png'}: empty file" in shown
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,6 +37,20 @@ for command in main.commands:
     assert result.exit_code == 0, result.output
     print(f"# {command}")
     print(result.output)
+"""
+
+LOGGING = """
+import logging
+from restyle_deploy.cli.main import main
+def log(**_):
+    ours = logging.getLogger("restyle_deploy.build")
+    ours.warning("slow")
+    ours.info("tactic")
+    ours.debug("detail")
+    logging.getLogger("another").warning("odd")
+    logging.getLogger("another").info("as ever, not shown")
+main.commands["doctor"].callback = log
+main()
 """
 
 
@@ -168,14 +183,39 @@ def test_closed_pipe_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.output == ""
 
 
-def test_interrupt_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_exits_as_shells_have_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main.commands["doctor"], "callback", fail)
     result = run("doctor")
-    assert result.exit_code == 1
-    assert "Aborted!" in result.stderr
+    assert result.exit_code == 130
+    assert result.stderr == "\nAborted!\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "slow\nodd\n"),
+        (["-v"], "WARNING restyle_deploy.build: slow\nINFO restyle_deploy.build: tactic\nodd\n"),
+        (
+            ["--verbose", "-v"],
+            "WARNING restyle_deploy.build: slow\nINFO restyle_deploy.build: tactic\n"
+            "DEBUG restyle_deploy.build: detail\nodd\n",
+        ),
+    ],
+)
+def test_log_is_shown_when_asked_for(options: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGING, *options, "doctor"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", expected)
+
+
+def test_log_is_as_before_after_a_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.commands["doctor"], "callback", lambda **_: None)
+    logger = logging.getLogger("restyle_deploy")
+    before = (logger.level, list(logger.handlers))
+    assert run("-vv", "doctor").exit_code == 0
+    assert (logger.level, logger.handlers) == before
 
 
 @pytest.mark.parametrize("command", ["invert", "bench", "verify", "inspect"])
@@ -183,6 +223,14 @@ def test_missing_bundle_is_one_line(run: Run, photos: Path, tmp_path: Path, comm
     more = [photos, "-o", tmp_path / "out"] if command in ("invert", "bench") else []
     assert_one_line_error(run(command, tmp_path / "nothing", *more), r"nothing: no bundle .*restyle-deploy export")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["invert", "bench", "verify", "inspect"])
+def test_manifest_that_is_nested_too_deeply_is_one_line(run: Run, photos: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("[" * 100_000)
+    more = [photos, "-o", tmp_path / "out"] if command in ("invert", "bench") else []
+    assert_one_line_error(run(command, tmp_path / "bundle", *more), r"manifest\.json: not JSON \(nested too deeply\)")
 
 
 @pytest.mark.parametrize("command", ["invert", "bench", "verify"])

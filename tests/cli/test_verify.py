@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from restyle_deploy.bundle import EXPECTATION
 from restyle_deploy.cli.verify import _REFERENCES
 from restyle_deploy.verify import TOLERANCES
 from restyle_deploy.verify_reference import NO_REFERENCE, REFERENCES
-from tests.bundles import add_engine, replace_arrays
+from tests.bundles import add_engine, edit_manifest, replace_arrays
 from tests.cli.conftest import Run
 from tests.faults import add_faulty_engine
 
@@ -41,7 +42,7 @@ def test_good_bundle_is_ok(run: Run, toy_bundle: Path) -> None:
         assert re.fullmatch(
             f"{running}; from the reference's state: latents {number}, images {number}, current {number}", line
         )
-    assert lines[8:] == [f"{toy_bundle}: ok"]
+    assert lines[8:] == [f"{toy_bundle}: ok; run: the exported graphs, by onnxruntime on cpu in fp32"]
 
 
 def test_stored_results_alone_are_compared_when_told(run: Run, toy_bundle: Path) -> None:
@@ -121,6 +122,79 @@ def test_json_is_printed_for_other_results_too(run: Run, tampered: Path) -> None
     assert facts["ok"] is False
     assert facts["latent_errors"][1] == pytest.approx(0.5, abs=1e-3)
     assert result.stderr.startswith("Error: ")
+
+
+def leave_bundle(manifest: Any) -> None:
+    """Let the record of the first engine state a directory that is not the bundle's."""
+    manifest["engines"][0]["directory"] = "../victim"
+
+
+def test_engine_that_nobody_has_verified_is_told(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, precision="bf16", build={"verified": False, "reason": "no such processor here"})
+    add_engine(bundle)
+    result = run("verify", bundle, "--threads", 1, "--plain", "--reference", "none")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-2:] == [
+        "engine onnxruntime-cpu-bf16: NOT VERIFIED when it was built: no such processor here; where it can run: "
+        f"restyle-deploy verify {bundle} --backend onnxruntime --device cpu --precision bf16",
+        f"{bundle}: ok; run: the exported graphs, by onnxruntime on cpu in fp32; "
+        "not run: onnxruntime-cpu-bf16 (not verified), onnxruntime-cpu-fp32 (verified)",
+    ]
+    facts = json.loads(run("verify", bundle, "--threads", 1, "--reference", "none", "--json").stdout)
+    assert facts["ok"] is True
+    assert facts["run"] == {
+        "engine": "onnxruntime-cpu-fp32",
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    assert [(engine["name"], engine["state"], engine["reason"]) for engine in facts["engines"]] == [
+        ("onnxruntime-cpu-bf16", "not verified", "no such processor here"),
+        ("onnxruntime-cpu-fp32", "run", None),
+    ]
+
+
+def test_engine_that_is_run_is_named_and_no_longer_unverified(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, build={"verified": False, "reason": "built elsewhere"})
+    result = run("verify", bundle, "--threads", 1, "--reference", "none")
+    assert result.exit_code == 0
+    assert "NOT VERIFIED" not in result.stdout
+    assert result.stdout.endswith(": ok; run: engine onnxruntime-cpu-fp32, by onnxruntime on cpu in fp32\n")
+
+
+def test_damaged_engine_exits_with_1(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    add_engine(bundle, precision="bf16")
+    edit_manifest(bundle, leave_bundle)
+    result = run("verify", bundle, "--threads", 1, "--reference", "none")
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    again = f"restyle-deploy build {bundle} --backend onnxruntime --precision bf16"
+    reason = f"{bundle}: ../victim lies outside the bundle's engines"
+    assert lines[0] == "files: unchanged; those of damaged engines are not checked"
+    assert lines[-2:] == [
+        f"engine ../victim: DAMAGED: {reason}; build it again: {again}",
+        "run: the exported graphs, by onnxruntime on cpu in fp32; not run: ../victim (damaged)",
+    ]
+    assert result.stderr == (
+        f"Error: {bundle}: the records of these engines are damaged: ../victim ({reason}); build again: {again}\n"
+    )
+    result = run("verify", bundle, "--threads", 1, "--reference", "none", "--json")
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    assert facts["ok"] is False
+    assert facts["engines"] == [{"name": "../victim", "state": "damaged", "reason": reason, "command": again}]
+
+
+def test_damaged_engine_that_states_nothing_has_no_command(run: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    edit_manifest(bundle, lambda manifest: manifest["engines"].append(3))
+    result = run("verify", bundle, "--threads", 1, "--reference", "none")
+    assert result.exit_code == 1
+    assert re.search(r"^engine number 0: DAMAGED: .*; build it again$", result.stdout, re.MULTILINE)
+    assert re.fullmatch(r"Error: .*damaged: number 0 \(.*\); build again\n", result.stderr)
 
 
 def test_changed_file_exits_with_1(run: Run, toy_bundle: Path, tmp_path: Path) -> None:

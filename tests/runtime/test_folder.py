@@ -14,7 +14,7 @@ from PIL import Image
 
 from restyle_deploy import InversionResult, Session
 from restyle_deploy.errors import ImageError, VerificationError
-from restyle_deploy.runtime.folder import FolderOptions, FolderResult, invert_files
+from restyle_deploy.runtime.folder import FolderOptions, FolderResult, find_skipped, invert_files
 from restyle_deploy.runtime.images import load_image, pool_images, resize_image, uint8_from_images
 from restyle_deploy.runtime.inputs import ImageInput, find_images
 from tests.pictures import write_bad_files, write_picture
@@ -326,6 +326,36 @@ def test_no_inputs_write_nothing(session: Session, tmp_path: Path) -> None:
     result = invert_files(session, [], tmp_path / "out", FolderOptions())
     assert result == FolderResult(names=(), images=(), failures=(), latents=None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_pipe_is_refused_and_the_others_go_on(session: Session, photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    inputs = find_images([tmp_path / "pipe.png", photos / "a.png"])
+    result = invert_files(session, inputs, tmp_path / "out", FolderOptions(steps=1, batch_size=2))
+    assert result.names == ("a",)
+    reason = f"{tmp_path / 'pipe.png'}: no regular file; save the image in one"
+    assert result.failures == ((tmp_path / "pipe.png", reason),)
+
+
+def test_first_frame_of_an_animation_is_taken(session: Session, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (40, 50), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "both.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "first.gif")
+    inputs = find_images([tmp_path / "both.gif", tmp_path / "first.gif"])
+    invert_files(session, inputs, tmp_path / "out", FolderOptions(steps=1))
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / "both.png"), pixels(tmp_path / "out" / "first.png"))
+
+
+def test_files_that_are_passed_over_are_those_of_folders_with_other_extensions(tmp_path: Path) -> None:
+    for name in ("a.png", "b.txt", "c.txt", "s/d", "s/.e.txt", ".s/f.txt", "out/latents.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    paths = [tmp_path, tmp_path / "s", tmp_path / "c.txt"]
+    inputs = find_images([tmp_path, tmp_path / "c.txt"], output=tmp_path / "out")
+    skipped = find_skipped(paths, inputs, output=tmp_path / "out")
+    assert sorted(skipped) == [tmp_path / "b.txt", tmp_path / "s" / "d"]
+    assert find_skipped([tmp_path / "c.txt"], inputs, output=tmp_path / "out") == []
 
 
 def test_file_that_vanishes_is_reported(session: Session, photos: Path, tmp_path: Path) -> None:
