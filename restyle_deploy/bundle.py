@@ -1,7 +1,6 @@
 """A directory with `manifest.json` <-> `Bundle`. This module owns the format and its version."""
 
 import json
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from restyle_deploy.engines import (
     engine_from_json,
     engines_from_json,
     key_of_record,
+    quote_path,
     without_targets,
 )
 from restyle_deploy.engines import EngineRecord as EngineRecord  # a bundle's records are part of its module
@@ -272,7 +272,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         what = "a file, and a bundle is a directory" if directory.is_file() else f"{MANIFEST} is missing"
-        output = "DIRECTORY" if directory.exists() else shlex.quote(str(directory))
+        output = "DIRECTORY" if directory.exists() else quote_path(directory)
         raise BundleError(f"{directory}: no bundle ({what}); make one: restyle-deploy export CHECKPOINT -o {output}")
     try:
         manifest = read_json(path)

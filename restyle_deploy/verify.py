@@ -1,6 +1,5 @@
 """Parity: what the reference model computed, kept in small, against what a session computes."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from restyle_deploy.backends.base import EXACT_PRECISION
 from restyle_deploy.bundle import Bundle, check_engine_files, check_graphs, find_engine
-from restyle_deploy.engines import DamagedEngine, EngineRecord, build_command
+from restyle_deploy.engines import DamagedEngine, EngineRecord, build_command, quote_path
 from restyle_deploy.errors import BundleError, VerificationError
 from restyle_deploy.model_config import ModelConfig
 from restyle_deploy.runtime.images import pool_images, resize_image
@@ -373,7 +372,7 @@ def _state_of(bundle: Bundle, engine: EngineRecord, *, is_run: bool) -> EngineSt
     if engine.build["verified"]:
         return EngineState(name=name, state="verified")
     backend, device, precision = engine.key
-    command = f"restyle-deploy verify {shlex.quote(str(bundle.path))} --backend {backend} --device {device}"
+    command = f"restyle-deploy verify {quote_path(bundle.path)} --backend {backend} --device {device}"
     command += "" if precision == EXACT_PRECISION else f" --precision {precision}"
     return EngineState(name=name, state="not verified", reason=engine.build["reason"], command=command)
 
